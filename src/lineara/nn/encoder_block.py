@@ -1,0 +1,64 @@
+"""The pre-norm transformer block around any attention layer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class EncoderBlock(nn.Module):
+    """A pre-norm encoder block that takes any attention layer.
+
+        x = x + dropout(attention(norm(x), context, key_mask)),    x = x + mlp(norm(x))
+
+    Args:
+        dim: channels of the input and of the output.
+        attention: a layer called as attention(x, context, key_mask=...), such as `EfficientAttention(dim, ...)`.
+        mlp_dim: channels between the two linear maps of the feed-forward part; default 4 * dim.
+        dropout: probability, after attention and after both linear maps of the feed-forward part.
+        device: of the weights made here (not of `attention`).
+        dtype: of the weights made here.
+
+    Source: Xiong et al., "On Layer Normalization in the Transformer Architecture", ICML 2020, arXiv 2002.04745.
+
+    Example:
+        >>> block = EncoderBlock(64, EfficientAttention(64, num_heads=2), dropout=0.1)
+        >>> block(torch.randn(2, 1000, 64)).shape
+        torch.Size([2, 1000, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attention: nn.Module,
+        *,
+        mlp_dim: int | None = None,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
+        self.dim = dim
+        self.attention_norm = nn.LayerNorm(dim, **factory)
+        self.attention = attention
+        self.dropout = nn.Dropout(dropout)
+        self.mlp_norm = nn.LayerNorm(dim, **factory)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, mlp_dim, **factory),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(mlp_dim, dim, **factory),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
+        """(batch, positions, dim) to the same; `context` and `key_mask` go to the attention layer as they are."""
+        if x.dim() != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"x must have the shape (batch, positions, {self.dim}), got {tuple(x.shape)}")
+        x = x + self.dropout(self.attention(self.attention_norm(x), context, key_mask=key_mask))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"

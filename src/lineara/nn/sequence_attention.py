@@ -1,0 +1,113 @@
+"""What the layers for (batch, positions, dim) sequences share: projections to heads and back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SequenceAttention(nn.Module):
+    """Project to queries, keys and values, `attend` per head, project back; a layer says how to attend.
+
+    Args:
+        dim: channels of the input and of the output.
+        num_heads: heads; they split key and value channels contiguously.
+        key_dim: channels of all queries, and of all keys, together; default `dim`.
+        value_dim: channels of all values together; default `dim`.
+        context_dim: channels of the `context` input of cross-attention; default `dim`.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        device: of the weights.
+        dtype: of the weights.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        context_dim: int | None = None,
+        qkv_bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_heads = num_heads
+        self.key_dim = dim if key_dim is None else key_dim
+        self.value_dim = dim if value_dim is None else value_dim
+        self.context_dim = dim if context_dim is None else context_dim
+        check_widths(
+            num_heads, dim=dim, key_dim=self.key_dim, value_dim=self.value_dim, context_dim=self.context_dim
+        )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.query = nn.Linear(dim, self.key_dim, bias=qkv_bias, **factory)
+        self.key = nn.Linear(self.context_dim, self.key_dim, bias=qkv_bias, **factory)
+        self.value = nn.Linear(self.context_dim, self.value_dim, bias=qkv_bias, **factory)
+        self.output = nn.Linear(self.value_dim, dim, **factory)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
+        """Attend from every position of `x` to the positions of `context`, or of `x` itself.
+
+        Args:
+            x: (batch, positions, dim).
+            context: (batch, context positions, context_dim); None attends to `x`.
+            key_mask: boolean (batch, positions of what is attended to), True = takes part.
+
+        Returns:
+            (batch, positions, dim).
+
+        Raises:
+            ValueError: for inputs or masks of another shape.
+            TypeError: for a mask that is not boolean.
+        """
+        self._check_input("x", x, self.dim)
+        if context is None:
+            context = x
+            if self.context_dim != self.dim:
+                raise ValueError(
+                    f"context must be given when context_dim differs from dim, got context_dim={self.context_dim}, "
+                    f"dim={self.dim} and no context"
+                )
+        else:
+            self._check_input("context", context, self.context_dim)
+        query = self._split_heads(self.query(x))  # (B, H, N, K)
+        key = self._split_heads(self.key(context))  # (B, H, M, K)
+        value = self._split_heads(self.value(context))  # (B, H, M, V)
+        attended = self.attend(query, key, value, key_mask)  # (B, H, N, V)
+        return self.output(attended.transpose(1, 2).flatten(2))  # (B, N, dim)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The operation, on (batch, heads, positions, channels per head)."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        widths = "".join(
+            f", {name}={width}"
+            for name, width in (
+                ("key_dim", self.key_dim),
+                ("value_dim", self.value_dim),
+                ("context_dim", self.context_dim),
+            )
+            if width != self.dim
+        )
+        return f"dim={self.dim}, num_heads={self.num_heads}{widths}"
+
+    def _split_heads(self, projected: Tensor) -> Tensor:
+        return projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, N, H * D) -> (B, H, N, D)
+
+    @staticmethod
+    def _check_input(name: str, tensor: Tensor, dim: int) -> None:
+        if tensor.dim() != 3 or tensor.shape[2] != dim:
+            raise ValueError(f"{name} must have the shape (batch, positions, {dim}), got {tuple(tensor.shape)}")
+
+
+def check_widths(num_heads: int, **widths: int) -> None:
+    """Raise unless all are positive and key and value channels split evenly into heads."""
+    for name, width in {"num_heads": num_heads, **widths}.items():
+        if width < 1:
+            raise ValueError(f"{name} must be at least 1, got {width}")
+    for name in ("key_dim", "value_dim"):
+        if widths[name] % num_heads:
+            raise ValueError(f"{name} must be divisible by num_heads, got {widths[name]} and {num_heads}")

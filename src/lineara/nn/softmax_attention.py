@@ -1,0 +1,69 @@
+"""Exact dot-product attention as a layer for sequences: the quadratic baseline."""
+
+import torch
+from torch import Tensor
+
+from lineara.nn.sequence_attention import SequenceAttention
+from lineara.ops import softmax_attention
+
+
+class SoftmaxAttention(SequenceAttention):
+    """Layer form of `ops.softmax_attention`; see it for the mathematics.
+
+    Args:
+        dim: channels of the input and of the output.
+        num_heads: heads; they split key and value channels contiguously.
+        key_dim: channels of all queries, and of all keys, together; default `dim`.
+        value_dim: channels of all values together; default `dim`.
+        context_dim: channels of the `context` input of cross-attention; default `dim`.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        normalization: `"softmax"` or `"scaling"`.
+        scale: multiplies both query and key; None divides their products by the square root of a head's key channels
+            under `"softmax"`.
+        impl: `"auto"` or `"reference"`.
+        device: of the weights.
+        dtype: of the weights.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        *,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        context_dim: int | None = None,
+        qkv_bias: bool = True,
+        normalization: str = "softmax",
+        scale: float | None = None,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            context_dim=context_dim,
+            qkv_bias=qkv_bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.normalization = normalization
+        self.scale = scale
+        self.impl = impl
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+        return softmax_attention(
+            query,
+            key,
+            value,
+            normalization=self.normalization,
+            scale=self.scale,
+            key_mask=key_mask,
+            impl=self.impl,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, normalization={self.normalization!r}, scale={self.scale}, impl={self.impl!r}"

@@ -1,0 +1,94 @@
+"""Checks of shape, dtype, device and mask that the operations share.
+
+They run at the public door, before any work, and raise one sentence: what must hold, what was given, what to do.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raise unless `tensor` is a floating-point (batch, heads, positions, channels) tensor."""
+    if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING_DTYPES:
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}; convert it with .float()"
+        )
+    if tensor.dim() != 4:
+        raise ValueError(
+            f"{name} must have the shape (batch, heads, positions, channels), got {tuple(tensor.shape)}; "
+            "use the layers of lineara.nn for other layouts"
+        )
+    if tensor.shape[3] == 0:
+        raise ValueError(f"{name} must have at least one channel, got the shape {tuple(tensor.shape)}")
+
+
+def check_same_dtype_and_device(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Raise unless all tensors share one dtype and one device."""
+    for name, tensor in zip(names[1:], tensors[1:]):
+        if tensor.dtype != tensors[0].dtype:
+            raise TypeError(
+                f"{names[0]} and {name} must have the same dtype, got {tensors[0].dtype} and {tensor.dtype}; "
+                "convert one of them"
+            )
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"{names[0]} and {name} must be on the same device, got {tensors[0].device} and {tensor.device}; "
+                "move one of them"
+            )
+
+
+def check_key_and_value(key: Tensor, value: Tensor) -> None:
+    """Raise unless key and value agree in everything but their number of channels."""
+    check_tensor("key", key)
+    check_tensor("value", value)
+    _check_equal_size("key", key.shape[0], "value", value.shape[0], "batch size")
+    _check_equal_size("key", key.shape[1], "value", value.shape[1], "number of heads")
+    _check_equal_size("key", key.shape[2], "value", value.shape[2], "number of positions")
+    check_same_dtype_and_device(("key", "value"), (key, value))
+
+
+def check_query_and_key(query: Tensor, key: Tensor) -> None:
+    """Raise unless query and key agree in everything but their number of positions."""
+    check_tensor("query", query)
+    _check_equal_size("query", query.shape[0], "key", key.shape[0], "batch size")
+    _check_equal_size("query", query.shape[1], "key", key.shape[1], "number of heads")
+    _check_equal_size("query", query.shape[3], "key", key.shape[3], "number of channels")
+    check_same_dtype_and_device(("query", "key"), (query, key))
+
+
+def check_key_mask(key_mask: Tensor | None, key: Tensor) -> None:
+    """Raise unless the mask is None or a boolean (batch, positions) tensor beside the keys."""
+    if key_mask is None:
+        return
+    if not isinstance(key_mask, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
+        raise TypeError(f"key_mask must be a torch.Tensor or None, got {type(key_mask).__name__}")
+    if key_mask.dtype != torch.bool:
+        raise TypeError(
+            f"key_mask must be boolean (True = takes part), got {key_mask.dtype}; write key_mask.bool()"
+        )
+    expected = (key.shape[0], key.shape[2])
+    if tuple(key_mask.shape) != expected:
+        raise ValueError(
+            f"key_mask must have the shape (batch, key positions) = {expected}, got {tuple(key_mask.shape)}"
+        )
+    if key_mask.device != key.device:
+        raise ValueError(
+            f"key and key_mask must be on the same device, got {key.device} and {key_mask.device}; move one of them"
+        )
+
+
+def check_choice(name: str, given: str, choices: Sequence[str]) -> None:
+    """Raise unless `given` is one of the choices."""
+    if given not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {given!r}")
+
+
+def _check_equal_size(first: str, first_size: int, second: str, second_size: int, what: str) -> None:
+    if first_size != second_size:
+        raise ValueError(f"{first} and {second} must have the same {what}, got {first_size} and {second_size}")

@@ -1,0 +1,214 @@
+"""The public door of efficient attention: signatures, meaning and checks; `dispatch` picks what runs."""
+
+from torch import Tensor
+
+from lineara.ops.checks import (
+    check_choice,
+    check_key_and_value,
+    check_key_mask,
+    check_query_and_key,
+    check_same_dtype_and_device,
+    check_tensor,
+)
+from lineara.ops.dispatch import choose_implementation
+from lineara.ops.efficient import operators, reference
+from lineara.ops.efficient.reference import ContextSummary, accumulation_dtype, context_matrix
+
+NORMALIZATIONS = ("softmax", "scaling")
+
+
+def efficient_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    normalization: str = "softmax",
+    scale: float = 1.0,
+    key_mask: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention through a small context matrix, in time and memory linear in the number of positions.
+
+        E(Q, K, V) = rho_q(scale Q) ( rho_k(scale K)^T V )
+
+    Under `"softmax"`, rho_q is the softmax over the channels of each query and rho_k the softmax over the positions of
+    each key channel: the rows of the implied attention matrix rho_q rho_k^T are non-negative and sum to 1, but it is not
+    softmax(Q K^T). Under `"scaling"`, both divide by the square root of the number of valid key positions M, which makes
+    the result exactly dot-product attention with scaling normalisation, (Q K^T / M) V.
+
+    Args:
+        query: (batch, heads, query positions, key channels); float64, float32, bfloat16 or float16, any strides.
+        key: (batch, heads, key positions, key channels), of the same dtype.
+        value: (batch, heads, key positions, value channels), of the same dtype.
+        normalization: `"softmax"` or `"scaling"`.
+        scale: multiplies both query and key. The authors name (key channels) ** -0.25 as the way to mimic scaled
+            dot-product attention.
+        key_mask: boolean (batch, key positions), True = takes part. What a masked position holds, NaN and inf
+            included, reaches neither the output nor a gradient. An item without a valid position gives zeros.
+        impl: `"auto"`, `"reference"` or `"streaming"`: the means, never the mathematics.
+
+    Returns:
+        (batch, heads, query positions, value channels), in the dtype of the inputs. Sums are kept in float32, or in
+        float64 for float64 inputs.
+
+    Raises:
+        ValueError: for shapes or devices that do not fit, or an unknown `normalization` or `impl`.
+        TypeError: for dtypes that differ or are not floating point, or a mask that is not boolean.
+
+    Cost: O((N + M) K V) time for N query positions, M key positions, K key and V value channels per head. Memory beyond
+    inputs and output: O(K V) with `"streaming"`, O(N K + M (K + V)) with `"reference"`.
+
+    Source: Shen, Zhang, Zhao, Yi, Li, "Efficient Attention: Attention with Linear Complexities", WACV 2021,
+    arXiv 1812.01243. Masks, `scale` and cross-attention are ours.
+
+    Gradients of any order are supported. For torch.func transforms use `impl="reference"`.
+    """
+    check_key_and_value(key, value)
+    check_query_and_key(query, key)
+    check_key_mask(key_mask, key)
+    check_choice("normalization", normalization, NORMALIZATIONS)
+    if choose_implementation("efficient_attention", impl, query) == "streaming":
+        return operators.efficient_attention(query, key, value, key_mask, normalization, float(scale))[0]
+    return reference.efficient_attention(
+        query, key, value, normalization=normalization, scale=scale, key_mask=key_mask
+    )
+
+
+def summarize_context(
+    key: Tensor,
+    value: Tensor,
+    *,
+    normalization: str = "softmax",
+    scale: float = 1.0,
+    key_mask: Tensor | None = None,
+    impl: str = "auto",
+) -> ContextSummary:
+    """Summarise keys and values to what efficient attention needs of them, whatever their number of positions.
+
+        m_k = max_i scale K_ik,   s_k = sum_i exp(scale K_ik - m_k),   S_kv = sum_i exp(scale K_ik - m_k) V_iv
+
+    (`"softmax"`; under `"scaling"` m = 0, s is the number of valid positions and S = scale K^T V). The context matrix is
+    S / s. Summaries of parts merge exactly (`merge_contexts`), so keys and values may come in chunks, be summarised once
+    for many queries, or live on several machines.
+
+    Args:
+        key: (batch, heads, key positions, key channels); the number of positions may be 0.
+        value: (batch, heads, key positions, value channels).
+        normalization: `"softmax"` or `"scaling"`.
+        scale: multiplies the key here, and the query in `attend_context`, which reads it from the summary.
+        key_mask: boolean (batch, key positions), True = takes part.
+        impl: `"auto"`, `"reference"` or `"streaming"`.
+
+    Returns:
+        A named tuple of `maximum` m and `total` s, both (batch, heads, key channels), `weighted_sum` S
+        (batch, heads, key channels, value channels), `normalization` and `scale`. The tensors are float64 for float64
+        inputs and float32 otherwise. Gradients flow through s and S; m is a shift that cancels in S / s and has none.
+
+    Raises:
+        ValueError, TypeError: as `efficient_attention`.
+
+    Cost: O(M K V) time; the result has K (V + 2) numbers per head.
+
+    Source: ours, from the associativity of the sums of arXiv 1812.01243 with the running maximum of online softmax.
+    """
+    check_key_and_value(key, value)
+    check_key_mask(key_mask, key)
+    check_choice("normalization", normalization, NORMALIZATIONS)
+    if choose_implementation("efficient_attention", impl, key) == "streaming":
+        tensors = operators.summarize_context(key, value, key_mask, normalization, float(scale))
+        return ContextSummary(*tensors, normalization, float(scale))
+    return reference.summarize_context(
+        key, value, normalization=normalization, scale=float(scale), key_mask=key_mask
+    )
+
+
+def merge_contexts(first: ContextSummary, *others: ContextSummary) -> ContextSummary:
+    """Merge summaries of disjoint sets of positions into the summary of their union, in any order and grouping.
+
+        m = max(m1, m2),   s = s1 exp(m1 - m) + s2 exp(m2 - m),   S likewise
+
+    Args:
+        first: a summary from `summarize_context`.
+        others: any number of further ones, of the same shapes, normalisation and scale.
+
+    Returns:
+        The summary of all their positions.
+
+    Raises:
+        ValueError: for shapes, normalisations, scales or devices that differ.
+        TypeError: for dtypes that differ, or arguments that are not summaries.
+
+    Cost: O(K V) time and memory per summary and head.
+
+    Source: ours; see `summarize_context`.
+    """
+    for summary in (first, *others):
+        _check_summary(summary)
+    merged = first
+    for other in others:
+        for name in ("normalization", "scale"):
+            if getattr(other, name) != getattr(first, name):
+                raise ValueError(
+                    f"contexts must have the same {name} to be merged, got {getattr(first, name)!r} and "
+                    f"{getattr(other, name)!r}; summarize both with the same one"
+                )
+        if other.weighted_sum.shape != first.weighted_sum.shape:
+            raise ValueError(
+                "contexts must have the same shape (batch, heads, key channels, value channels) to be merged, got "
+                f"{tuple(first.weighted_sum.shape)} and {tuple(other.weighted_sum.shape)}"
+            )
+        check_same_dtype_and_device(("context", "other context"), (first.weighted_sum, other.weighted_sum))
+        merged = reference.merge_contexts(merged, other)
+    return merged
+
+
+def attend_context(query: Tensor, context: ContextSummary, *, impl: str = "auto") -> Tensor:
+    """Answer queries from a summary of keys and values, as `efficient_attention` would from the keys and values.
+
+        O = rho_q(scale Q) (S / s)
+
+    Args:
+        query: (batch, heads, query positions, key channels).
+        context: the summary, from `summarize_context` or `merge_contexts`; it carries normalisation and scale.
+        impl: `"auto"`, `"reference"` or `"streaming"`.
+
+    Returns:
+        (batch, heads, query positions, value channels), in the dtype of the query; zeros where the summary is empty.
+
+    Raises:
+        ValueError: for shapes or devices that do not fit, or an unknown `impl`.
+        TypeError: for a context that is no summary, or a query whose dtype does not fit the summary's (a float64 query
+            goes with a float64 summary, every other one with float32).
+
+    Cost: O(N K V) time.
+
+    Source: Shen et al., WACV 2021, arXiv 1812.01243; see `efficient_attention`.
+    """
+    check_tensor("query", query)
+    _check_summary(context)
+    expected = (query.shape[0], query.shape[1], query.shape[3])
+    if tuple(context.total.shape) != expected:
+        raise ValueError(
+            "query and context must have the same batch size, number of heads and key channels, got "
+            f"{expected} and {tuple(context.total.shape)}"
+        )
+    if accumulation_dtype(query.dtype) != context.total.dtype:
+        raise TypeError(
+            f"a {query.dtype} query needs a context of {accumulation_dtype(query.dtype)}, got {context.total.dtype}; "
+            "summarize keys and values of the query's dtype"
+        )
+    if query.device != context.total.device:
+        raise ValueError(
+            f"query and context must be on the same device, got {query.device} and {context.total.device}; "
+            "move one of them"
+        )
+    if choose_implementation("efficient_attention", impl, query) == "streaming":
+        return operators.attend_context(query, context_matrix(context), context.normalization, context.scale)
+    return reference.attend_context(query, context)
+
+
+def _check_summary(context: ContextSummary) -> None:
+    if not isinstance(context, ContextSummary):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
+        raise TypeError(
+            f"a context must come from summarize_context or merge_contexts, got {type(context).__name__}"
+        )

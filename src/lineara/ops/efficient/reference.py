@@ -1,0 +1,114 @@
+"""Efficient attention in plain PyTorch: the definition of what is right, on any device.
+
+Letters in comments: B batch, H heads, N query positions, M key positions, K key channels, V value channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ContextSummary(NamedTuple):
+    """What efficient attention keeps of a set of keys and values; `merge_contexts` joins two of them exactly.
+
+    `maximum` (m), `total` (s) and `weighted_sum` (S) hold, for every key channel k and value channel v,
+
+        m_k = max_i scale key_ik,   s_k = sum_i exp(scale key_ik - m_k),   S_kv = sum_i exp(scale key_ik - m_k) value_iv
+
+    under softmax normalisation, and m_k = 0, s_k = number of valid positions, S_kv = sum_i scale key_ik value_iv under
+    scaling. The context matrix is S / s either way. An empty set has m = -inf (softmax), s = 0 and S = 0. They are
+    float64 for float64 inputs and float32 otherwise. The maximum is a shift that cancels in S / s: no gradient flows
+    through it.
+    """
+
+    maximum: Tensor  # (batch, heads, key channels)
+    total: Tensor  # (batch, heads, key channels)
+    weighted_sum: Tensor  # (batch, heads, key channels, value channels)
+    normalization: str
+    scale: float
+
+
+def efficient_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, normalization: str, scale: float, key_mask: Tensor | None
+) -> Tensor:
+    summary = summarize_context(key, value, normalization=normalization, scale=scale, key_mask=key_mask)
+    return attend_context(query, summary)
+
+
+def summarize_context(
+    key: Tensor, value: Tensor, *, normalization: str, scale: float, key_mask: Tensor | None
+) -> ContextSummary:
+    wide = accumulation_dtype(key.dtype)
+    key = key.to(wide) * scale  # (B, H, M, K)
+    value = value.to(wide)  # (B, H, M, V)
+    if key_mask is not None:
+        hidden = ~key_mask[:, None, :, None]  # (B, 1, M, 1)
+        key = key.masked_fill(hidden, -torch.inf if normalization == "softmax" else 0.0)
+        # Not only weighted by 0: what a masked position holds may be NaN, and 0 * NaN is NaN.
+        value = value.masked_fill(hidden, 0.0)
+
+    if normalization == "scaling":
+        maximum = key.new_zeros(key.shape[0], key.shape[1], key.shape[3])
+        total = count_positions(key, key_mask)
+        return ContextSummary(maximum, total, key.mT @ value, normalization, scale)
+
+    maximum = position_maximum(key).detach()  # (B, H, K)
+    exponential = (key - finite_shift(maximum)[:, :, None, :]).exp()  # (B, H, M, K)
+    total = exponential.sum(dim=2)  # (B, H, K)
+    return ContextSummary(maximum, total, exponential.mT @ value, normalization, scale)
+
+
+def merge_contexts(first: ContextSummary, second: ContextSummary) -> ContextSummary:
+    maximum = torch.maximum(first.maximum, second.maximum)
+    shift = finite_shift(maximum)
+    first_factor = (first.maximum - shift).exp()
+    second_factor = (second.maximum - shift).exp()
+    return ContextSummary(
+        maximum,
+        first.total * first_factor + second.total * second_factor,
+        first.weighted_sum * first_factor[..., None] + second.weighted_sum * second_factor[..., None],
+        first.normalization,
+        first.scale,
+    )
+
+
+def attend_context(query: Tensor, summary: ContextSummary) -> Tensor:
+    return apply_context(query, context_matrix(summary), summary.normalization, summary.scale)
+
+
+def apply_context(query: Tensor, context: Tensor, normalization: str, scale: float) -> Tensor:
+    scaled = query.to(context.dtype) * scale  # (B, H, N, K)
+    weights = scaled.softmax(dim=3) if normalization == "softmax" else scaled
+    return (weights @ context).to(query.dtype)  # (B, H, N, V)
+
+
+def context_matrix(summary: ContextSummary) -> Tensor:
+    """S / s, and zeros where no position was valid: (B, H, K, V)."""
+    divisor = torch.where(summary.total > 0, summary.total, 1.0)
+    return summary.weighted_sum / divisor[..., None]
+
+
+def count_positions(key: Tensor, key_mask: Tensor | None) -> Tensor:
+    """The number of valid positions, once for every key channel: (B, H, K)."""
+    shape = (key.shape[0], key.shape[1], key.shape[3])
+    wide = accumulation_dtype(key.dtype)
+    if key_mask is None:
+        return key.new_full(shape, float(key.shape[2]), dtype=wide)
+    return key_mask.sum(dim=1).to(wide)[:, None, None].repeat(1, *shape[1:])
+
+
+def position_maximum(key: Tensor) -> Tensor:
+    """The maximum over positions, -inf where there are none: (B, H, K)."""
+    if key.shape[2] == 0:
+        return key.new_full((key.shape[0], key.shape[1], key.shape[3]), -torch.inf)
+    return key.amax(dim=2)
+
+
+def finite_shift(maximum: Tensor) -> Tensor:
+    """0 in place of the -inf that marks a channel without positions, so that -inf - (-inf) never arises."""
+    return maximum.masked_fill(maximum == -torch.inf, 0.0)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
