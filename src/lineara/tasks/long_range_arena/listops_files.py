@@ -189,7 +189,7 @@ def _is_current(path: Path, parameters: dict[str, int | float]) -> bool:
 
 def _read(path: Path) -> tuple[dict[str, int | float], dict[str, ListOpsExamples]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
             parameters = json.loads(str(file["parameters"]))
             version = parameters["format"]
             splits = {

@@ -1,0 +1,1 @@
+"""One drawer per problem: its data (files to batches), its task (loss, optimiser, schedule) and its metrics."""

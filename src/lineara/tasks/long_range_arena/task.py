@@ -1,0 +1,123 @@
+"""The training of a sequence classifier as the arena's published PyTorch harness does it."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics.classification import MulticlassAccuracy
+
+from lineara.tasks.files import write_text
+from lineara.tasks.long_range_arena.listops import decode
+
+
+class SequenceClassification(LightningModule):
+    """Cross-entropy, AdamW without weight decay, and a linear one-cycle schedule over the steps of the run.
+
+    Args:
+        network: called as network(tokens, mask=mask), returns logits (batch, num_classes).
+        num_classes: number of classes.
+        peak_lr: highest learning rate.
+        warmup_steps: optimiser steps until it is reached; it falls linearly until the last step of the run.
+
+    Source: the settings of mlpen/Nystromformer's Long Range Arena harness: AdamW (0.9, 0.999), eps 1e-6.
+    """
+
+    def __init__(
+        self, network: nn.Module, num_classes: int = 10, peak_lr: float = 1e-4, warmup_steps: int = 1000
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.peak_lr = peak_lr
+        self.warmup_steps = warmup_steps
+        self.accuracy = nn.ModuleDict(
+            {f"{stage}_": MulticlassAccuracy(num_classes, average="micro") for stage in ("train", "val", "test")}
+        )
+        self._predictions: list[dict[str, Tensor]] = []
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.network(batch["tokens"], mask=batch["mask"])
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        return self._step("train", batch)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        self._step("val", batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        self._step("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_trivial_accuracies("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_trivial_accuracies("test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
+        prediction = {**batch, "probability": self(batch).softmax(dim=1)}
+        self._predictions.append({name: tensor.cpu() for name, tensor in prediction.items()})
+        return prediction
+
+    def on_predict_end(self) -> None:
+        """Write predictions.csv into the run's folder."""
+        path = Path(self.trainer.default_root_dir) / "predictions.csv"
+        write_text(path, _as_csv(self._predictions))
+        self._predictions.clear()
+        self.print(f"predictions: {path}")
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            self.parameters(), lr=self.peak_lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0
+        )
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        if not 0 < self.warmup_steps < total_steps:
+            raise ValueError(
+                f"warmup_steps must lie between 0 and the run's {total_steps} steps, got {self.warmup_steps}; "
+                "set --model.init_args.warmup_steps or --trainer.max_steps"
+            )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=self.peak_lr,
+            total_steps=total_steps,
+            pct_start=self.warmup_steps / total_steps,
+            anneal_strategy="linear",
+            cycle_momentum=False,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _step(self, stage: str, batch: dict[str, Tensor]) -> Tensor:
+        logits = self(batch)
+        loss = cross_entropy(logits, batch["label"])
+        accuracy = self.accuracy[f"{stage}_"]
+        accuracy(logits, batch["label"])
+        options: dict[str, Any] = {
+            "on_step": stage == "train",
+            "on_epoch": stage != "train",
+            "batch_size": len(logits),
+            "prog_bar": True,
+        }
+        self.log(f"{stage}/loss", loss, **options)
+        self.log(f"{stage}/accuracy", accuracy, **options)
+        return loss
+
+    def _log_trivial_accuracies(self, stage: str) -> None:
+        trivial = self.trainer.datamodule.trivial_accuracies(stage)  # type: ignore[attr-defined]
+        for name, accuracy in trivial.items():
+            self.log(f"{stage}/accuracy_of_{name}", accuracy)
+
+
+def _as_csv(predictions: list[dict[str, Tensor]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["prediction", "probability", "label", "tokens"])
+    for batch in predictions:
+        confidence, predicted = batch["probability"].max(dim=1)
+        for row in range(len(predicted)):
+            tokens = decode(batch["tokens"][row][batch["mask"][row]].numpy())
+            label = int(batch["label"][row])
+            writer.writerow([int(predicted[row]), f"{float(confidence[row]):.4f}", label, tokens])
+    return text.getvalue()

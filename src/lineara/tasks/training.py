@@ -1,0 +1,155 @@
+"""The training commands of every task: Lightning's command line, a run folder, and checkpoints that can be reused.
+
+A run folder holds
+
+    checkpoints/best.ckpt, last.ckpt    each with the recipe it was trained by
+    metrics/version_<n>/metrics.csv     every logged number, one version per start of the run
+    tensorboard/version_<n>/            the same for TensorBoard
+    config.yaml                         the recipe of the last start, with every default filled in
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lineara.tasks.files import write_text
+
+_RECIPE = "lineara_recipe"
+
+
+class TrainingCommand(LightningCLI):
+    """`lineara fit | validate | test | predict`, over a run folder.
+
+    Args:
+        args: the words of the command line, or a whole recipe as a dict when `run` is False.
+        run: whether the first word is a subcommand, to be run; False only instantiates `model`, `datamodule` and
+            `trainer`.
+        instantiate: False only parses.
+    """
+
+    def __init__(self, args: list[str] | dict[str, Any], *, run: bool = True, instantiate: bool = True) -> None:
+        self._instantiate = instantiate
+        parser_options = {"exit_on_error": False, "dump_header": None}
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs=parser_options
+            | {"prog": "lineara"}
+            | {name: dict(parser_options) for name in self.subcommands()},
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str, default="runs/unnamed", help="Folder of the run's files.")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/accuracy",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | dict[str, Any]) -> None:
+        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
+        if subcommand := self.config.get("subcommand"):
+            config = self.config[subcommand]
+            config.ckpt_path = _choose_checkpoint(subcommand, Path(config.run_dir), config.ckpt_path)
+
+    def instantiate_classes(self) -> None:
+        if self._instantiate:
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        run_dir = Path(self._get(self.config, "run_dir"))
+        kwargs["default_root_dir"] = str(run_dir)
+        if self.subcommand != "fit":
+            kwargs["logger"] = False
+        elif self._get(self.config, "trainer").logger is None:
+            kwargs["logger"] = [CSVLogger(run_dir, name="metrics"), TensorBoardLogger(run_dir, name="tensorboard")]
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "fit":
+            trainer.callbacks += [_KeepRecipe(self._recipe())]  # type: ignore[attr-defined]
+        return trainer
+
+    def _recipe(self) -> str:
+        """The configuration of the run, without what belongs to this start of it."""
+        config = self.config["fit"].clone()
+        for name in ("config", *self._subcommand_method_arguments["fit"]):
+            config.pop(name, None)
+        return self._parser("fit").dump(config, skip_validation=True)
+
+
+class _KeepRecipe(Callback):
+    """Writes the recipe beside the checkpoints and into them, so that a checkpoint alone rebuilds its network."""
+
+    def __init__(self, recipe: str) -> None:
+        self.recipe = recipe
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            write_text(Path(trainer.default_root_dir) / "config.yaml", self.recipe)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[_RECIPE] = self.recipe
+
+
+def load_run(checkpoint: Path | str) -> tuple[LightningModule, LightningDataModule]:
+    """The trained task in evaluation mode, and the data of the recipe that the checkpoint carries."""
+    content = _read_checkpoint(Path(checkpoint))
+    command = TrainingCommand(yaml.safe_load(content[_RECIPE]), run=False)
+    command.model.load_state_dict(content["state_dict"])
+    return command.model.eval(), command.datamodule
+
+
+def _choose_checkpoint(subcommand: str, run_dir: Path, given: str | None) -> str | None:
+    folder = run_dir / "checkpoints"
+    last = folder / "last.ckpt"
+    if subcommand == "fit" and given is None:
+        if last.exists():
+            raise ValueError(
+                f"run_dir must be a folder without a run, got {run_dir}, which holds {last}; go on with that run by "
+                "--ckpt_path last, or name another folder by --run_dir"
+            )
+        return None
+    if subcommand == "fit" and given == "last" and not last.exists():
+        return None
+    path = {None: folder / "best.ckpt", "best": folder / "best.ckpt", "last": last}.get(given) or Path(str(given))
+    _read_checkpoint(path)
+    return str(path)
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} must be a checkpoint, got no such file; train first with `lineara fit`, or name a checkpoint by "
+            "--ckpt_path"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises on a damaged or foreign file is of many kinds
+        raise ValueError(f"{path} must be a whole checkpoint of lineara, got a file that torch cannot read") from error
+    if not isinstance(content, dict) or _RECIPE not in content:
+        raise ValueError(f"{path} must be a checkpoint written by `lineara fit`, got one without a recipe inside")
+    return content
+
+
+def _checkpoint_folder(run_dir: str) -> str:
+    return str(Path(run_dir) / "checkpoints")
