@@ -8,11 +8,13 @@ A run folder holds
     config.yaml                         the recipe of the last start, with every default filled in
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -66,7 +68,10 @@ class TrainingCommand(LightningCLI):
         parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | dict[str, Any]) -> None:
-        self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
+        try:
+            self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
+        except ArgumentError as error:
+            raise ValueError(_complaint(str(error))) from error
         if subcommand := self.config.get("subcommand"):
             config = self.config[subcommand]
             config.ckpt_path = _choose_checkpoint(subcommand, Path(config.run_dir), config.ckpt_path)
@@ -117,6 +122,15 @@ def load_run(checkpoint: Path | str) -> tuple[LightningModule, LightningDataModu
     command = TrainingCommand(yaml.safe_load(content[_RECIPE]), run=False)
     command.model.load_state_dict(content["state_dict"])
     return command.model.eval(), command.datamodule
+
+
+def _complaint(message: str) -> str:
+    """One sentence of what the parser says over many lines: its innermost complaint, and the class that it is about."""
+    message = message.split("- Expected a <class 'NoneType'>")[0].strip()
+    complaint = message.splitlines()[-1].strip() if "Errors:" in message else " ".join(message.split())
+    complaint = complaint.split(" expects a function or a callable class: ")[-1].split(". Got value: Namespace")[0]
+    classes = re.findall(r"(?:class_path[ =]|Namespace\(class_path=)'([\w.]+)'", message)
+    return f"{classes[-1]}: {complaint}" if classes and "Errors:" in message else complaint
 
 
 def _choose_checkpoint(subcommand: str, run_dir: Path, given: str | None) -> str | None:

@@ -347,10 +347,26 @@ def test_worker_processes_are_used_and_end_when_the_chunks_are_dropped():
     assert_same(shared, grow(SMALL, num_chunks=6)[0])
 
 
+BUSY = """
+if __name__ == "__main__":
+    generate(10_000_000, num_workers=2)
+"""
+IDLE = """
+if __name__ == "__main__":
+    chunks = _chunks(ListOpsGrammar(), 0, num_workers=2)
+    next(chunks)
+    time.sleep(1)  # what was ahead is done
+    print(" 12345/10000000 ", file=sys.stderr, flush=True)
+    time.sleep(60)
+"""
+UNGUARDED = "generate(20_000, num_workers=2, progress=False)"
+
+
 def start(tmp_path, script):
     """Run a script in a process group of its own."""
     path = tmp_path / "script.py"
-    path.write_text(f"from lineara.tasks.long_range_arena.listops import generate\n{script}\n")
+    imports = "from lineara.tasks.long_range_arena.listops import ListOpsGrammar, _chunks, generate"
+    path.write_text(f"import sys, time\n{imports}\n{script}\n")
     return subprocess.Popen([sys.executable, path], stderr=subprocess.PIPE, start_new_session=True)
 
 
@@ -373,9 +389,11 @@ def assert_group_ends(group):
         pass
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
-def test_no_worker_outlives_an_interrupted_or_killed_run(tmp_path, kind):
-    script = "if __name__ == '__main__':\n    generate(10_000_000, num_workers=2)"
+@pytest.mark.parametrize(
+    ("script", "kind"),
+    [(BUSY, signal.SIGINT), (IDLE, signal.SIGINT), (BUSY, signal.SIGKILL), (IDLE, signal.SIGKILL)],
+)
+def test_no_worker_outlives_an_interrupted_or_killed_run(tmp_path, script, kind):
     with start(tmp_path, script) as process:
         try:
             wait_for_examples(process)
@@ -392,7 +410,7 @@ def test_no_worker_outlives_an_interrupted_or_killed_run(tmp_path, kind):
 
 
 def test_an_unguarded_script_is_told_so(tmp_path):
-    with start(tmp_path, "generate(20_000, num_workers=2, progress=False)") as process:
+    with start(tmp_path, UNGUARDED) as process:
         written = process.stderr.read().decode()
     assert process.returncode != 0
     assert "__main__" in written.splitlines()[-1]

@@ -123,11 +123,14 @@ def test_a_damaged_file_is_noticed_and_generated_again(tmp_path, damage):
     path = prepare_listops(tmp_path, **SETTINGS)
     whole = path.read_bytes()
     damage(path)
+    damaged = path.read_bytes()
+    (tmp_path / "link").hardlink_to(path)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))} must .*; run `lineara data listops` again"):
         load_listops(path)
     with pytest.warns(RuntimeWarning, match=f"{re.escape(str(path))} must .*; generating it again now"):
         prepare_listops(tmp_path, **SETTINGS)
     assert path.read_bytes() == whole
+    assert (tmp_path / "link").read_bytes() == damaged  # the new file took the place of the old one at once
 
 
 def test_a_file_under_the_name_of_another_is_generated_again(tmp_path):

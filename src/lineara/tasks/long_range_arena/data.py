@@ -102,6 +102,10 @@ class ListOpsData(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("predict")
 
+    def split(self, name: str) -> ListOpsExamples:
+        """The examples of "train", "val", "test" or "predict", once `setup` has read them."""
+        return self._splits[name]
+
     def trivial_accuracies(self, split: str) -> dict[str, float]:
         """`metrics.trivial_accuracies` of a split, learned from the training split."""
         return trivial_accuracies(self._splits["train"], self._splits[split])
