@@ -99,7 +99,7 @@ def _add_data(parser: ArgumentParser) -> None:
         ("generator_seed", 0, "seed"),
     ):
         listops.add_argument(f"--{name}", type=int, default=default, help=meaning)
-    listops.add_argument("--num_workers", type=int, default=None, help="processes; None takes all cores")
+    listops.add_argument("--num_workers", type=int, default=None, help="threads; None takes all cores")
     listops.set_defaults(run=_data_listops)
 
 
@@ -111,15 +111,21 @@ def _add_draw(parser: ArgumentParser) -> None:
     curves.add_argument("--output", type=Path, help="PNG to write; default <run_dir>/curves.png")
     curves.set_defaults(run=_draw_curves)
 
-    maps = pictures.add_parser("maps", help="the global attention maps of a trained network over one expression")
+    maps = pictures.add_parser(
+        "maps", help="the global attention maps of a trained network over one expression"
+    )
     maps.add_argument("--checkpoint", type=Path, required=True, help="written by `lineara fit`")
-    maps.add_argument("--expression", help='such as "[MAX 4 [MIN 7 2 ] 0 ]"; default: the shortest test expression')
+    maps.add_argument(
+        "--expression", help='such as "[MAX 4 [MIN 7 2 ] 0 ]"; default: the shortest test expression'
+    )
     maps.add_argument("--layer", type=int, default=0, help="encoder block, from 0 (default 0)")
     maps.add_argument("--head", type=int, default=0, help="head, from 0 (default 0)")
     maps.add_argument("--output", type=Path, help="PNG to write; default maps.png in the run's folder")
     maps.set_defaults(run=_draw_maps)
 
-    cost = pictures.add_parser("cost", help="time and memory against length, from a file of `lineara bench cost`")
+    cost = pictures.add_parser(
+        "cost", help="time and memory against length, from a file of `lineara bench cost`"
+    )
     cost.add_argument("--costs", type=Path, required=True, help="written by `lineara bench cost`")
     cost.add_argument("--output", type=Path, help="PNG to write; default beside the file")
     cost.set_defaults(run=_draw_cost)
@@ -133,10 +139,14 @@ def _add_bench(parser: ArgumentParser) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     cost.add_argument("--attention", nargs="+", default=["efficient", "softmax"], help="what to measure")
-    cost.add_argument("--positions", nargs="+", type=int, default=[256, 1024, 4096, 16384, 65536], help="lengths")
+    cost.add_argument(
+        "--positions", nargs="+", type=int, default=[256, 1024, 4096, 16384, 65536], help="lengths"
+    )
     cost.add_argument("--heads", type=int, default=8, help="heads")
     cost.add_argument("--head_dim", type=int, default=64, help="channels per head")
-    cost.add_argument("--limit_seconds", type=float, default=60.0, help="leave out calls expected to take longer")
+    cost.add_argument(
+        "--limit_seconds", type=float, default=60.0, help="leave out calls expected to take longer"
+    )
     cost.add_argument("--output", type=Path, default=Path("runs/cost/cost.json"), help="file to write")
     cost.set_defaults(run=_bench_cost)
 
@@ -162,9 +172,7 @@ def _data_listops(options: Namespace) -> None:
         num_train=options.num_train,
         num_val=options.num_val,
         num_test=options.num_test,
-        grammar=ListOpsGrammar(
-            min_len=options.min_len, max_len=options.max_len, max_depth=options.max_depth
-        ),
+        grammar=ListOpsGrammar(min_len=options.min_len, max_len=options.max_len, max_depth=options.max_depth),
         seed=options.generator_seed,
         num_workers=options.num_workers,
     )

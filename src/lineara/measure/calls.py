@@ -62,9 +62,7 @@ def median_seconds(
     return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
 
-def peak_memory(
-    make_call: Callable[[], Callable[[], object]], *, device: torch.device | str = "cpu"
-) -> int:
+def peak_memory(make_call: Callable[[], Callable[[], object]], *, device: torch.device | str = "cpu") -> int:
     """The most memory that a call holds at any moment beyond what was there before it, its result included.
 
     On the CPU this is resident memory as the kernel counts it, in a fresh process: `make_call()` builds the inputs

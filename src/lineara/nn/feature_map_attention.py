@@ -84,7 +84,9 @@ class _FeatureMapAttention(nn.Module):
         )
 
     def _split_heads(self, maps: Tensor) -> Tensor:
-        return maps.flatten(2).unflatten(1, (self.num_heads, -1)).mT  # (B, H * D, ...) -> (B, H, N, D), no copy
+        return (
+            maps.flatten(2).unflatten(1, (self.num_heads, -1)).mT
+        )  # (B, H * D, ...) -> (B, H, N, D), no copy
 
     def _check_input(self, name: str, maps: Tensor) -> None:
         if maps.dim() != 2 + len(self._axes) or maps.shape[1] != self.dim:

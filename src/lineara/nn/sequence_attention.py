@@ -100,7 +100,9 @@ class SequenceAttention(nn.Module):
     @staticmethod
     def _check_input(name: str, tensor: Tensor, dim: int) -> None:
         if tensor.dim() != 3 or tensor.shape[2] != dim:
-            raise ValueError(f"{name} must have the shape (batch, positions, {dim}), got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must have the shape (batch, positions, {dim}), got {tuple(tensor.shape)}"
+            )
 
 
 def check_widths(num_heads: int, **widths: int) -> None:

@@ -91,4 +91,6 @@ def check_choice(name: str, given: str, choices: Sequence[str]) -> None:
 
 def _check_equal_size(first: str, first_size: int, second: str, second_size: int, what: str) -> None:
     if first_size != second_size:
-        raise ValueError(f"{first} and {second} must have the same {what}, got {first_size} and {second_size}")
+        raise ValueError(
+            f"{first} and {second} must have the same {what}, got {first_size} and {second_size}"
+        )

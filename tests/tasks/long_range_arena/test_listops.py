@@ -1,11 +1,6 @@
-import multiprocessing
-import os
 import random
 import re
-import signal
-import subprocess
-import sys
-import time
+import threading
 from collections import Counter
 from contextlib import closing
 from itertools import islice, pairwise
@@ -329,88 +324,18 @@ def test_no_examples_is_no_work():
     assert len(generate(0, progress=False)) == 0
 
 
-# Processes
+# Threads
 
 
-def test_worker_processes_change_nothing_and_end(monkeypatch):
-    monkeypatch.setattr(listops, "_EXAMPLES_PER_WORKER", 1000)
-    alone, shared = (generate(4000, seed=7, num_workers=n, progress=False) for n in (1, 2))
+def test_threads_change_nothing():
+    alone, shared = (generate(4000, seed=7, num_workers=n, progress=False) for n in (1, 3))
     assert_same(alone, shared)
-    assert multiprocessing.active_children() == []
 
 
-def test_worker_processes_are_used_and_end_when_the_chunks_are_dropped():
+def test_threads_are_used_and_end_when_the_chunks_are_dropped():
+    before = threading.active_count()
     with closing(listops._chunks(SMALL, 0, num_workers=2)) as chunks:
         shared = join(islice(chunks, 6))
-        assert len(multiprocessing.active_children()) == 2
-    assert multiprocessing.active_children() == []
+        assert threading.active_count() == before + 2
+    assert threading.active_count() == before
     assert_same(shared, grow(SMALL, num_chunks=6)[0])
-
-
-BUSY = """
-if __name__ == "__main__":
-    generate(10_000_000, num_workers=2)
-"""
-IDLE = """
-if __name__ == "__main__":
-    chunks = _chunks(ListOpsGrammar(), 0, num_workers=2)
-    next(chunks)
-    time.sleep(1)  # what was ahead is done
-    print(" 12345/10000000 ", file=sys.stderr, flush=True)
-    time.sleep(60)
-"""
-UNGUARDED = "generate(20_000, num_workers=2, progress=False)"
-
-
-def start(tmp_path, script):
-    """Run a script in a process group of its own."""
-    path = tmp_path / "script.py"
-    imports = "from lineara.tasks.long_range_arena.listops import ListOpsGrammar, _chunks, generate"
-    path.write_text(f"import sys, time\n{imports}\n{script}\n")
-    return subprocess.Popen([sys.executable, path], stderr=subprocess.PIPE, start_new_session=True)
-
-
-def wait_for_examples(process):
-    written = b""
-    while not re.search(rb" [1-9]\d{4,}/10000000 ", written):  # late enough for both workers to be up
-        more = os.read(process.stderr.fileno(), 4096)
-        assert more, written
-        written += more
-
-
-def assert_group_ends(group):
-    deadline = time.monotonic() + 20
-    try:
-        while True:
-            os.killpg(group, 0)
-            assert time.monotonic() < deadline, "worker processes are still there"
-            time.sleep(0.05)
-    except ProcessLookupError:
-        pass
-
-
-@pytest.mark.parametrize(
-    ("script", "kind"),
-    [(BUSY, signal.SIGINT), (IDLE, signal.SIGINT), (BUSY, signal.SIGKILL), (IDLE, signal.SIGKILL)],
-)
-def test_no_worker_outlives_an_interrupted_or_killed_run(tmp_path, script, kind):
-    with start(tmp_path, script) as process:
-        try:
-            wait_for_examples(process)
-            send = os.killpg if kind == signal.SIGINT else os.kill  # Ctrl-C reaches the whole group
-            send(process.pid, kind)
-            written = process.stderr.read()
-            assert process.wait(timeout=20) != 0
-            assert_group_ends(process.pid)
-        finally:
-            process.kill()
-    if kind == signal.SIGINT:
-        assert written.rstrip().endswith(b"KeyboardInterrupt")
-        assert written.count(b"Traceback") == 1
-
-
-def test_an_unguarded_script_is_told_so(tmp_path):
-    with start(tmp_path, UNGUARDED) as process:
-        written = process.stderr.read().decode()
-    assert process.returncode != 0
-    assert "__main__" in written.splitlines()[-1]

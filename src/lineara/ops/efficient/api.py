@@ -13,6 +13,7 @@ from lineara.ops.checks import (
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.efficient import operators, reference
 from lineara.ops.efficient.reference import ContextSummary, accumulation_dtype, context_matrix
+from lineara.ops.efficient.streaming import fits_one_block
 
 NORMALIZATIONS = ("softmax", "scaling")
 
@@ -56,7 +57,8 @@ def efficient_attention(
         TypeError: for dtypes that differ or are not floating point, or a mask that is not boolean.
 
     Cost: O((N + M) K V) time for N query positions, M key positions, K key and V value channels per head. Memory beyond
-    inputs and output: O(K V) with `"streaming"`, O(N K + M (K + V)) with `"reference"`.
+    inputs and output: O(K V) with `"streaming"`, O(N K + M (K + V)) with `"reference"`. What streaming keeps is bounded by
+    a constant: inputs of up to 2 Mi elements are one block to it, longer ones are walked in blocks of 256 Ki.
 
     Source: Shen, Zhang, Zhao, Yi, Li, "Efficient Attention: Attention with Linear Complexities", WACV 2021,
     arXiv 1812.01243. Masks, `scale` and cross-attention are ours.
@@ -67,7 +69,8 @@ def efficient_attention(
     check_query_and_key(query, key)
     check_key_mask(key_mask, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
-    if choose_implementation("efficient_attention", impl, query) == "streaming":
+    implementation = choose_implementation("efficient_attention", impl, query)
+    if implementation == "streaming" and not fits_one_block(query, key, value):
         return operators.efficient_attention(query, key, value, key_mask, normalization, float(scale))[0]
     return reference.efficient_attention(
         query, key, value, normalization=normalization, scale=scale, key_mask=key_mask

@@ -123,7 +123,11 @@ def _fake_summary(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, _, key_dim = key.shape
     wide = accumulation_dtype(key.dtype)
     maximum = key.new_empty((batch, heads, key_dim), dtype=wide)
-    return maximum, torch.empty_like(maximum), key.new_empty((batch, heads, key_dim, value.shape[3]), dtype=wide)
+    return (
+        maximum,
+        torch.empty_like(maximum),
+        key.new_empty((batch, heads, key_dim, value.shape[3]), dtype=wide),
+    )
 
 
 def _fake_contiguous(tensor: Tensor) -> Tensor:

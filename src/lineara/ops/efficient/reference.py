@@ -32,27 +32,27 @@ class ContextSummary(NamedTuple):
 def efficient_attention(
     query: Tensor, key: Tensor, value: Tensor, *, normalization: str, scale: float, key_mask: Tensor | None
 ) -> Tensor:
-    summary = summarize_context(key, value, normalization=normalization, scale=scale, key_mask=key_mask)
-    return attend_context(query, summary)
+    softmax = normalization == "softmax"
+    # The lowest number, not -inf, so that the softmax of an item without valid positions is not NaN.
+    fill = torch.finfo(accumulation_dtype(key.dtype)).min if softmax else 0.0
+    key, value = _prepare(key, value, scale, key_mask, fill)  # (B, H, M, K), (B, H, M, V)
+    if not softmax:
+        num_valid = count_positions(key, key_mask).clamp_min(1.0)  # (B, H, K)
+        return apply_context(query, key.mT @ value / num_valid[..., None], normalization, scale)
+    weights = key.softmax(dim=2)
+    if key_mask is not None:
+        weights = weights.masked_fill(~key_mask[:, None, :, None], 0.0)
+    return apply_context(query, weights.mT @ value, normalization, scale)
 
 
 def summarize_context(
     key: Tensor, value: Tensor, *, normalization: str, scale: float, key_mask: Tensor | None
 ) -> ContextSummary:
-    wide = accumulation_dtype(key.dtype)
-    key = key.to(wide) * scale  # (B, H, M, K)
-    value = value.to(wide)  # (B, H, M, V)
-    if key_mask is not None:
-        hidden = ~key_mask[:, None, :, None]  # (B, 1, M, 1)
-        key = key.masked_fill(hidden, -torch.inf if normalization == "softmax" else 0.0)
-        # Not only weighted by 0: what a masked position holds may be NaN, and 0 * NaN is NaN.
-        value = value.masked_fill(hidden, 0.0)
-
+    num_valid = count_positions(key, key_mask)  # (B, H, K)
+    fill = -torch.inf if normalization == "softmax" else 0.0
+    key, value = _prepare(key, value, scale, key_mask, fill)  # (B, H, M, K), (B, H, M, V)
     if normalization == "scaling":
-        maximum = key.new_zeros(key.shape[0], key.shape[1], key.shape[3])
-        total = count_positions(key, key_mask)
-        return ContextSummary(maximum, total, key.mT @ value, normalization, scale)
-
+        return ContextSummary(torch.zeros_like(num_valid), num_valid, key.mT @ value, normalization, scale)
     maximum = position_maximum(key).detach()  # (B, H, K)
     exponential = (key - finite_shift(maximum)[:, :, None, :]).exp()  # (B, H, M, K)
     total = exponential.sum(dim=2)  # (B, H, K)
@@ -78,7 +78,7 @@ def attend_context(query: Tensor, summary: ContextSummary) -> Tensor:
 
 
 def apply_context(query: Tensor, context: Tensor, normalization: str, scale: float) -> Tensor:
-    scaled = query.to(context.dtype) * scale  # (B, H, N, K)
+    scaled = _scaled(query, scale)  # (B, H, N, K)
     weights = scaled.softmax(dim=3) if normalization == "softmax" else scaled
     return (weights @ context).to(query.dtype)  # (B, H, N, V)
 
@@ -112,3 +112,20 @@ def finite_shift(maximum: Tensor) -> Tensor:
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _prepare(
+    key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None, fill: float
+) -> tuple[Tensor, Tensor]:
+    """Key (scaled) and value in the dtype that sums are kept in, `fill` and 0 in place of what masked positions hold."""
+    key, value = _scaled(key, scale), value.to(accumulation_dtype(value.dtype))
+    if key_mask is None:
+        return key, value
+    hidden = ~key_mask[:, None, :, None]  # (B, 1, M, 1)
+    # A weight of 0 is not enough: a masked position may hold NaN, and 0 * NaN is NaN.
+    return key.masked_fill(hidden, fill), value.masked_fill(hidden, 0.0)
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    tensor = tensor.to(accumulation_dtype(tensor.dtype))
+    return tensor if scale == 1.0 else tensor * scale

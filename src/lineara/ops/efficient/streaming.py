@@ -9,15 +9,24 @@ M key positions, K key channels, V value channels.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from lineara.ops.efficient.reference import accumulation_dtype, count_positions, finite_shift
 
-# A block holds at most this many elements (2 MiB of float32); it takes as many rows as fit at this length.
-_BLOCK_ELEMENTS = 512 * 1024
-_BLOCK_LEN = 1024
+# A block holds at most this many elements (1 MiB of float32); it takes as many rows as fit at this length.
+_BLOCK_ELEMENTS = 256 * 1024
+_BLOCK_LEN = 512
+# Up to this many elements (8 MiB of float32) in query, key and value each, all positions are one block, and that block
+# is the reference's business: torch's own operations on whole tensors are as fast there, and keep no more than this.
+_ONE_BLOCK_ELEMENTS = 2 * 1024 * 1024
+
+
+def fits_one_block(*tensors: Tensor) -> bool:
+    """Whether (B, H, positions, channels) tensors are so small that walking them in blocks costs more than it saves."""
+    return all(tensor.numel() <= _ONE_BLOCK_ELEMENTS for tensor in tensors)
 
 
 def summarize(
@@ -31,11 +40,11 @@ def summarize(
     total = torch.zeros_like(maximum) if softmax else count_positions(key, key_mask)
     weighted_sum = key.new_zeros((batch, heads, key_dim, value.shape[3]), dtype=wide)
     hidden = _hidden_positions(key_mask, key)
-    key_buffer, value_buffer = _buffer(key), _buffer(value)
+    key_buffer, value_buffer = _Buffer(key), _Buffer(value)
 
     for (k, v, hide), (m, s, S) in _blocks((key, value, hidden), (maximum, total, weighted_sum)):
-        k = _load(k, key_buffer, scale, hide, -torch.inf if softmax else 0.0)  # (R, n, K)
-        v = _load(v, value_buffer, 1.0, hide, 0.0)  # (R, n, V)
+        k = key_buffer.load(k, scale, hide, -torch.inf if softmax else 0.0)  # (R, n, K)
+        v = value_buffer.load(v, 1.0, hide, 0.0)  # (R, n, V)
         if softmax:
             k, block_maximum, block_total = _softmax_block(k, key_buffer)
             new_maximum = torch.maximum(m, block_maximum)  # (R, K)
@@ -60,81 +69,122 @@ def summarize_backward(
     normalization: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of key and value: with E = exp(K - m), dV = E dS and dK = E * (V dS^T + ds); for scaling E = K."""
+    """Gradients of key and value: with E = exp(K - m), dV = E dS and dK = E * (V dS^T + ds); for scaling E = K, dK = V dS^T."""
     softmax = normalization == "softmax"
     grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
     grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
     hidden = _hidden_positions(key_mask, key)
     shift = finite_shift(maximum)
-    key_buffer, value_buffer, product_buffer = _buffer(key), _buffer(value), _buffer(key)
+    key_buffer, value_buffer = _Buffer(key), _Buffer(value)
+    grad_key_buffer, grad_value_buffer = _Buffer(key), _Buffer(value)
 
     for (k, v, dk, dv, hide), (m, ds, dS) in _blocks(
         (key, value, grad_key, grad_value, hidden), (shift, grad_total, grad_weighted_sum)
     ):
-        k = _load(k, key_buffer, scale, hide, -torch.inf if softmax else 0.0)  # (R, n, K)
-        v = _load(v, value_buffer, 1.0, hide, 0.0)  # (R, n, V)
+        k = key_buffer.load(k, scale, hide, -torch.inf if softmax else 0.0)  # (R, n, K)
+        v = value_buffer.load(v, 1.0, hide, 0.0)  # (R, n, V)
         if softmax:
             k, block_maximum, block_total = _softmax_block(k, key_buffer)
             factor = (block_maximum - m).exp_().mul_(block_total)  # (R, K)
             ds, dS = ds * factor, dS * factor[:, :, None]
-        product = torch.bmm(v, dS.mT, out=_fit(product_buffer, k))  # (R, n, K)
-        if softmax:
-            product.add_(ds[:, None]).mul_(k)
-        elif hide.shape[2]:
-            product.masked_fill_(hide, 0.0)
-        _store(product, dk, scale)
-        _product(k, dS, dv, value_buffer)
+        with grad_value_buffer.storing(dv) as product:
+            torch.bmm(k, dS, out=product)
+        with grad_key_buffer.storing(dk) as product:
+            torch.bmm(v, dS.mT, out=product)
+            if softmax:
+                product.add_(ds[:, None]).mul_(k)
+            elif hide.shape[2]:
+                product.masked_fill_(hide, 0.0)
+            if scale != 1.0:
+                product.mul_(scale)
     return grad_key, grad_value
 
 
 def attend(query: Tensor, context: Tensor, normalization: str, scale: float) -> Tensor:
     """The query weights of every position, times the context matrix: (B, H, N, V)."""
     output = query.new_empty((*query.shape[:3], context.shape[3]))
-    query_buffer, output_buffer = _buffer(query), _buffer(output)
+    query_buffer, output_buffer = _Buffer(query), _Buffer(output)
     for (q, o), (C,) in _blocks((query, output), (context,)):
-        _product(_query_weights(q, query_buffer, normalization, scale), C, o, output_buffer)
+        with output_buffer.storing(o) as product:
+            torch.bmm(_query_weights(q, query_buffer, normalization, scale), C, out=product)
     return output
 
 
 def attend_backward(
     grad_output: Tensor, query: Tensor, context: Tensor, normalization: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of query and context: with W the query weights and G = dO C^T, dC = W^T dO and
+    """Gradients of query and context: with weights W and G = dO C^T, dC = W^T dO and dQ = W * (G - rowsum(W * G)).
 
-    dQ = W * (G - rowsum(W * G)); for scaling dQ = G.
+    For scaling dQ = G.
     """
     grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_context = torch.zeros_like(context)
-    query_buffer, output_buffer, product_buffer = _buffer(query), _buffer(grad_output), _buffer(query)
-    sum_buffer = _buffer(query)
+    query_buffer, output_buffer, grad_query_buffer = _Buffer(query), _Buffer(grad_output), _Buffer(query)
     for (q, do, dq), (C, dC) in _blocks((query, grad_output, grad_query), (context, grad_context)):
         weights = _query_weights(q, query_buffer, normalization, scale)  # (R, n, K)
-        do = _load(do, output_buffer, 1.0)  # (R, n, V)
+        do = output_buffer.load(do, 1.0)  # (R, n, V)
         dC.baddbmm_(weights.mT, do)
-        product = torch.bmm(do, C.mT, out=_fit(product_buffer, q))  # (R, n, K)
-        if normalization == "softmax":
-            row_sum = torch.mul(product, weights, out=_fit(sum_buffer, q)).sum(dim=2, keepdim=True)  # (R, n, 1)
-            product.sub_(row_sum).mul_(weights)
-        _store(product, dq, scale)
+        with grad_query_buffer.storing(dq) as product:
+            torch.bmm(do, C.mT, out=product)  # (R, n, K)
+            if normalization == "softmax":
+                row_sum = product.mul_(weights).sum(dim=2, keepdim=True)  # (R, n, 1)
+                product.addcmul_(weights, row_sum, value=-1.0)
+            if scale != 1.0:
+                product.mul_(scale)
     return grad_query, grad_context
 
 
-def _softmax_block(key: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax_block(key: Tensor, buffer: "_Buffer") -> tuple[Tensor, Tensor, Tensor]:
     """P, m and s with exp(key - m) = s P for the positions of one block: (R, n, K), (R, K), (R, K).
 
-    torch's fused softmax is much faster than torch.exp on CPU; its largest weight is exp(0) / s.
+    torch's fused softmax is much faster than torch.exp on CPU, and its largest weight is exp(0) / s.
     """
     maximum = key.amax(dim=1)
-    weights = torch.softmax(key, dim=1, out=_fit(buffer, key))
+    weights = torch.softmax(key, dim=1, out=buffer.fit(key))
     empty = maximum == -torch.inf
     if empty.any():
         weights.masked_fill_(empty[:, None], 0.0)
     return weights, maximum, weights.amax(dim=1).reciprocal_().masked_fill_(empty, 0.0)
 
 
-def _query_weights(query: Tensor, buffer: Tensor, normalization: str, scale: float) -> Tensor:
-    query = _load(query, buffer, scale)
-    return torch.softmax(query, dim=2, out=_fit(buffer, query)) if normalization == "softmax" else query
+def _query_weights(query: Tensor, buffer: "_Buffer", normalization: str, scale: float) -> Tensor:
+    query = buffer.load(query, scale)
+    return torch.softmax(query, dim=2, out=buffer.fit(query)) if normalization == "softmax" else query
+
+
+class _Buffer:
+    """Room for one block of a tensor in the dtype that sums are kept in, taken when first needed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype = accumulation_dtype(tensor.dtype)
+        self._size = min(tensor.numel(), max(_BLOCK_ELEMENTS, tensor.shape[3]))
+        self._memory: Tensor | None = None
+
+    def fit(self, block: Tensor) -> Tensor:
+        """Uninitialised, of the shape of the block."""
+        if self._memory is None:
+            self._memory = block.new_empty(self._size, dtype=self.dtype)
+        return self._memory[: block.numel()].view(block.shape)
+
+    def load(self, block: Tensor, scale: float, hidden: Tensor | None = None, fill: float = 0.0) -> Tensor:
+        """scale * block in the buffer's dtype, `fill` where hidden; the block itself where that changes nothing."""
+        anything_hidden = hidden is not None and hidden.shape[2] > 0
+        if block.dtype == self.dtype and scale == 1.0 and not anything_hidden:
+            return block
+        loaded = self.fit(block).copy_(block)
+        if scale != 1.0:
+            loaded.mul_(scale)
+        return loaded.masked_fill_(hidden, fill) if hidden is not None and anything_hidden else loaded
+
+    @contextmanager
+    def storing(self, target: Tensor) -> Iterator[Tensor]:
+        """A tensor to compute in, which ends up in the target: the target itself where its dtype allows it."""
+        if target.dtype == self.dtype:
+            yield target
+        else:
+            result = self.fit(target)
+            yield result
+            target.copy_(result)
 
 
 def _blocks(
@@ -170,36 +220,3 @@ def _hidden_positions(key_mask: Tensor | None, key: Tensor) -> Tensor:
     if key_mask is None:
         return key.new_empty((*key.shape[:3], 0), dtype=torch.bool)
     return (~key_mask)[:, None, :, None].expand(-1, key.shape[1], -1, -1).contiguous()
-
-
-def _buffer(tensor: Tensor) -> Tensor:
-    """Room for one block of the tensor, in the dtype that sums are kept in."""
-    size = min(tensor.numel(), max(_BLOCK_ELEMENTS, tensor.shape[3]))
-    return tensor.new_empty(size, dtype=accumulation_dtype(tensor.dtype))
-
-
-def _fit(buffer: Tensor, block: Tensor) -> Tensor:
-    return buffer[: block.numel()].view(block.shape)
-
-
-def _load(block: Tensor, buffer: Tensor, scale: float, hidden: Tensor | None = None, fill: float = 0.0) -> Tensor:
-    """scale * block in the buffer's dtype, `fill` where hidden; the block itself where that changes nothing."""
-    anything_hidden = hidden is not None and hidden.shape[2] > 0
-    if block.dtype == buffer.dtype and scale == 1.0 and not anything_hidden:
-        return block
-    loaded = _fit(buffer, block).copy_(block)
-    if scale != 1.0:
-        loaded.mul_(scale)
-    return loaded.masked_fill_(hidden, fill) if hidden is not None and anything_hidden else loaded
-
-
-def _store(block: Tensor, target: Tensor, scale: float) -> None:
-    target.copy_(block if scale == 1.0 else block.mul_(scale))
-
-
-def _product(left: Tensor, right: Tensor, target: Tensor, buffer: Tensor) -> None:
-    """target = left @ right, through the buffer where the target is of another dtype."""
-    if target.dtype == left.dtype:
-        torch.bmm(left, right, out=target)
-    else:
-        target.copy_(torch.bmm(left, right, out=_fit(buffer, target)))

@@ -6,7 +6,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, normalization: str, scale: float | None, key_mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    normalization: str,
+    scale: float | None,
+    key_mask: Tensor | None,
 ) -> Tensor:
     attention_mask = None
     if key_mask is not None:

@@ -1,9 +1,9 @@
 """Examples to batches. A batch is a dict:
 
-    key     shape               dtype   meaning
-    tokens  (batch, positions)  int64   token ids; 0 beyond the end of an example
-    mask    (batch, positions)  bool    True where there is a token
-    label   (batch,)            int64   the class
+key     shape               dtype   meaning
+tokens  (batch, positions)  int64   token ids; 0 beyond the end of an example
+mask    (batch, positions)  bool    True where there is a token
+label   (batch,)            int64   the class
 """
 
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class ListOpsData(LightningDataModule):
         max_depth: deepest level of an expression; the nodes there are digits.
         generator_seed: seed of the generated set, and of the order of training batches.
         batch_size: examples per batch.
-        num_workers: processes that generate; None takes all cores.
+        num_workers: threads that generate; None takes all cores.
         predict_file: file in the published format to predict; None predicts the test split.
     """
 

@@ -1,17 +1,13 @@
 """ListOps expressions: their tokens, their values, and a generator that grows many of them at once."""
 
 import os
-import signal
 import statistics
-import threading
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
-from multiprocessing import get_context, parent_process
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +24,6 @@ _IDS = {word: i for i, word in enumerate(VOCABULARY) if i} | {"(": 0, ")": 0}
 _TREES_PER_CHUNK = 2048
 # So many trees in a row without a new example mean that the grammar has no more to give.
 _HOPELESS_TREES = 2**18
-# A pool of processes takes longer to start than this many benchmark examples take to draw.
-_EXAMPLES_PER_WORKER = 10_000
 
 
 def encode(expression: str) -> _Bytes:
@@ -165,13 +159,11 @@ def generate(
         num_examples: how many, at least 0.
         grammar: which expressions.
         seed: at least 0; the result depends on it and the grammar, never on `num_workers`.
-        num_workers: processes to use (fewer for few examples); None is one per processor; 0 and 1 stay in
-            this one. Where there are more, a script must call below `if __name__ == "__main__":`.
+        num_workers: threads to use; None is one per processor; 0 and 1 use none.
         progress: show a bar over the examples on standard error.
 
     Raises:
         ValueError: an argument is out of range, or the grammar has too few different expressions.
-        RuntimeError: a worker process ended early.
 
     Cost: about 1,400 nodes drawn per benchmark example; memory 2 bytes per token of the result.
     """
@@ -179,7 +171,6 @@ def generate(
         if given < 0:
             raise ValueError(f"{name} must be at least 0, got {given}")
     num_workers = (os.cpu_count() or 1) if num_workers is None else num_workers
-    num_workers = min(num_workers, num_examples // _EXAMPLES_PER_WORKER)
     found: dict[bytes, int] = {}
     fruitless_trees = 0
     with (
@@ -204,28 +195,14 @@ def generate(
 
 
 def _chunks(grammar: ListOpsGrammar, seed: int, num_workers: int) -> Generator[ListOpsExamples]:
-    """Endless numbered chunks, in order; those ahead are grown by worker processes."""
+    """Endless numbered chunks, in order; those ahead are grown by threads (numpy computes outside Python's lock)."""
     if num_workers <= 1:
         yield from (_grow_chunk(grammar, seed, chunk) for chunk in count())
-    try:
-        # Fresh interpreters: forking a process that holds torch's threads can hang.
-        with ProcessPoolExecutor(num_workers, get_context("spawn"), _start_worker) as pool:
-            ahead = deque(pool.submit(_grow_chunk, grammar, seed, chunk) for chunk in range(2 * num_workers))
-            for chunk in count(len(ahead)):
-                yield ahead.popleft().result()
-                ahead.append(pool.submit(_grow_chunk, grammar, seed, chunk))
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process that draws ListOps expressions ended early; call from below "
-            'if __name__ == "__main__": or use num_workers=1'
-        ) from error
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, which then ends the pool, and do not outlive a parent that was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if parent := parent_process():
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    with ThreadPoolExecutor(num_workers) as pool:
+        ahead = deque(pool.submit(_grow_chunk, grammar, seed, chunk) for chunk in range(2 * num_workers))
+        for chunk in count(len(ahead)):
+            yield ahead.popleft().result()
+            ahead.append(pool.submit(_grow_chunk, grammar, seed, chunk))
 
 
 def _grow_chunk(grammar: ListOpsGrammar, seed: int, chunk: int) -> ListOpsExamples:

@@ -51,7 +51,6 @@ def prepare_listops(
     Raises:
         ValueError: an argument is out of range, or the grammar has too few different expressions.
         OSError: the file cannot be read or written; noticed before the work, but for a disk that fills up.
-        RuntimeError: a worker process ended early.
 
     Cost: for the benchmark's sizes, about 60 MB on disk and 400 MB of memory.
     """

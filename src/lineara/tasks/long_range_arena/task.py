@@ -35,7 +35,10 @@ class SequenceClassification(LightningModule):
         self.peak_lr = peak_lr
         self.warmup_steps = warmup_steps
         self.accuracy = nn.ModuleDict(
-            {f"{stage}_": MulticlassAccuracy(num_classes, average="micro") for stage in ("train", "val", "test")}
+            {
+                f"{stage}_": MulticlassAccuracy(num_classes, average="micro")
+                for stage in ("train", "val", "test")
+            }
         )
         self._predictions: list[dict[str, Tensor]] = []
 
