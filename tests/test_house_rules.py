@@ -206,9 +206,7 @@ def test_public_names_have_docstrings(room: str) -> None:
 def test_public_operations_document_their_arguments_cost_and_source() -> None:
     ops = importlib.import_module(f"{PACKAGE}.ops")
     assert ops.__all__
-    hold(
-        [line for name in ops.__all__ for line in section_violations(name, getattr(ops, name).__doc__ or "")]
-    )
+    hold([line for name in ops.__all__ for line in section_violations(name, getattr(ops, name).__doc__ or "")])
 
 
 def test_every_dependency_is_pinned() -> None:
@@ -393,9 +391,7 @@ def test_cold_calls_that_work_pass(tmp_path: Path) -> None:
     assert cold_process_violations(plant(tmp_path, {"lineara/__init__.py": SMALLEST_PACKAGE})) == []
 
 
-@pytest.mark.parametrize(
-    "needs", ["import tqdm", "from lightning.pytorch import Trainer", "import triton.language"]
-)
+@pytest.mark.parametrize("needs", ["import tqdm", "from lightning.pytorch import Trainer", "import triton.language"])
 def test_need_of_an_optional_library_is_caught(needs: str, tmp_path: Path) -> None:
     package = SMALLEST_PACKAGE.replace("return", f"{needs}; return", 1)
     (violation,) = cold_process_violations(plant(tmp_path, {"lineara/__init__.py": package}))
@@ -442,9 +438,7 @@ def test_incomplete_recipe_header_is_caught(found: str, replaced: str, count: in
     assert len(recipe_violations(tmp_path, tmp_path / recipe)) == count
 
 
-@pytest.mark.parametrize(
-    "recipe", ["recipes/pair.yaml", "recipes/sound/pair.yaml", "recipes/stereo_depth/pair.yml"]
-)
+@pytest.mark.parametrize("recipe", ["recipes/pair.yaml", "recipes/sound/pair.yaml", "recipes/stereo_depth/pair.yml"])
 def test_misplaced_recipe_is_caught(recipe: str, tmp_path: Path) -> None:
     plant(tmp_path, CLEAN | {recipe: GOOD_HEADER})
     assert len(recipe_violations(tmp_path, tmp_path / recipe)) == 1
@@ -498,9 +492,7 @@ def test_wrong_exports_are_caught(tmp_path: Path) -> None:
 
     attend.__module__ = "lineara.ops.api"
     package = ModuleType("lineara.ops")
-    package.__dict__.update(
-        __all__=["attend"], attend=attend, _private=attend, api=ModuleType("lineara.ops.api")
-    )
+    package.__dict__.update(__all__=["attend"], attend=attend, _private=attend, api=ModuleType("lineara.ops.api"))
     assert export_violations(package, ["attend", "later"], defined) == []
     assert len(export_violations(package, ["attend", "merge"], defined)) == 1
     assert len(export_violations(package, [], defined)) == 1
@@ -590,9 +582,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class Import:
-    module: (
-        str  # with the imported name behind it: "torch.nn", "lineara.ops.efficient.api.efficient_attention"
-    )
+    module: str  # with the imported name behind it: "torch.nn", "lineara.ops.efficient.api.efficient_attention"
     line: int
     inside_function: bool
 
@@ -637,9 +627,7 @@ def refusal(item: Import, row: Row, path: Path, drawers_of: Mapping[str, set[str
     return None
 
 
-def refusal_within_package(
-    item: Import, row: Row, path: Path, drawers_of: Mapping[str, set[str]]
-) -> str | None:
+def refusal_within_package(item: Import, row: Row, path: Path, drawers_of: Mapping[str, set[str]]) -> str | None:
     parts = item.module.split(".")[1:]
     room = parts[0] if parts and parts[0] in ROOMS else PACKAGE
     if room not in row.rooms.split():
@@ -660,10 +648,7 @@ def refusal_within_package(
 
 def drawers(package: Path) -> dict[str, set[str]]:
     """The sub-folders with code of those rooms whose drawers must not know each other."""
-    return {
-        room: {file.parent.name for file in (package / room).glob("*/*.py")}
-        for room in ROOMS_OF_SEPARATE_DRAWERS
-    }
+    return {room: {file.parent.name for file in (package / room).glob("*/*.py")} for room in ROOMS_OF_SEPARATE_DRAWERS}
 
 
 def imports_of(source: str, package: tuple[str, ...]) -> Iterator[Import]:
@@ -715,9 +700,7 @@ def name_violations(root: Path) -> list[str]:
 
 def files_below(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(
-            part == "__pycache__" or part.endswith(".egg-info") for part in path.parts
-        ):
+        if path.is_file() and not any(part == "__pycache__" or part.endswith(".egg-info") for part in path.parts):
             yield path
 
 
@@ -751,8 +734,7 @@ def missing_tests(root: Path) -> list[str]:
 
 def has_a_test(file: Path) -> bool:
     return file.exists() and any(
-        isinstance(node, FUNCTIONS) and node.name.startswith("test")
-        for node in ast.walk(ast.parse(file.read_text()))
+        isinstance(node, FUNCTIONS) and node.name.startswith("test") for node in ast.walk(ast.parse(file.read_text()))
     )
 
 
@@ -822,21 +804,15 @@ def recipe_violations(root: Path, recipe: Path) -> list[str]:
     where = recipe.relative_to(root)
     tasks = drawers(root / "src" / PACKAGE)["tasks"]
     if len(where.parts) != 3 or where.parts[1] not in tasks or where.suffix != ".yaml":
-        found.append(
-            f"{where.as_posix()}: a recipe is recipes/<task>/<name>.yaml, <task> one of {sorted(tasks)}"
-        )
+        found.append(f"{where.as_posix()}: a recipe is recipes/<task>/<name>.yaml, <task> one of {sorted(tasks)}")
     comment = re.match(r"(?:#.*\n|\s*\n)*", recipe.read_text())
     said = labelled(comment.group() if comment else "", RECIPE_LABELS)
     found += [
-        f"{where.as_posix()}: the header does not say {label!r}"
-        for label in RECIPE_LABELS
-        if not said.get(label)
+        f"{where.as_posix()}: the header does not say {label!r}" for label in RECIPE_LABELS if not said.get(label)
     ]
     last = said.get(RECIPE_LABELS[-1])
     if last and "not yet run" not in last and not re.search(DATE_AND_COMMIT, last):
-        found.append(
-            f"{where.as_posix()}: {RECIPE_LABELS[-1]} names neither date and commit nor 'not yet run'"
-        )
+        found.append(f"{where.as_posix()}: {RECIPE_LABELS[-1]} names neither date and commit nor 'not yet run'")
     return found
 
 
@@ -908,9 +884,7 @@ def export_violations(package: ModuleType, contract: Iterable[str], defined: set
     loose = {
         key
         for key, value in vars(package).items()
-        if not key.startswith("_")
-        and callable(value)
-        and str(getattr(value, "__module__", "")).startswith(PACKAGE)
+        if not key.startswith("_") and callable(value) and str(getattr(value, "__module__", "")).startswith(PACKAGE)
     }
     return [
         *(f"{name}.{key} is public, but not in the plan" for key in sorted((exported | loose) - contract)),
@@ -981,9 +955,7 @@ ADDRESSES = {
 def address_violations(root: Path) -> list[str]:
     found = []
     files = [
-        file
-        for name in TEXTS
-        for file in ([root / name] if (root / name).is_file() else files_below(root / name))
+        file for name in TEXTS for file in ([root / name] if (root / name).is_file() else files_below(root / name))
     ]
     for file in files:
         content = file.read_bytes()

@@ -111,21 +111,15 @@ def _add_draw(parser: ArgumentParser) -> None:
     curves.add_argument("--output", type=Path, help="PNG to write; default <run_dir>/curves.png")
     curves.set_defaults(run=_draw_curves)
 
-    maps = pictures.add_parser(
-        "maps", help="the global attention maps of a trained network over one expression"
-    )
+    maps = pictures.add_parser("maps", help="the global attention maps of a trained network over one expression")
     maps.add_argument("--checkpoint", type=Path, required=True, help="written by `lineara fit`")
-    maps.add_argument(
-        "--expression", help='such as "[MAX 4 [MIN 7 2 ] 0 ]"; default: the shortest test expression'
-    )
+    maps.add_argument("--expression", help='such as "[MAX 4 [MIN 7 2 ] 0 ]"; default: the shortest test expression')
     maps.add_argument("--layer", type=int, default=0, help="encoder block, from 0 (default 0)")
     maps.add_argument("--head", type=int, default=0, help="head, from 0 (default 0)")
     maps.add_argument("--output", type=Path, help="PNG to write; default maps.png in the run's folder")
     maps.set_defaults(run=_draw_maps)
 
-    cost = pictures.add_parser(
-        "cost", help="time and memory against length, from a file of `lineara bench cost`"
-    )
+    cost = pictures.add_parser("cost", help="time and memory against length, from a file of `lineara bench cost`")
     cost.add_argument("--costs", type=Path, required=True, help="written by `lineara bench cost`")
     cost.add_argument("--output", type=Path, help="PNG to write; default beside the file")
     cost.set_defaults(run=_draw_cost)
@@ -139,14 +133,10 @@ def _add_bench(parser: ArgumentParser) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     cost.add_argument("--attention", nargs="+", default=["efficient", "softmax"], help="what to measure")
-    cost.add_argument(
-        "--positions", nargs="+", type=int, default=[256, 1024, 4096, 16384, 65536], help="lengths"
-    )
+    cost.add_argument("--positions", nargs="+", type=int, default=[256, 1024, 4096, 16384, 65536], help="lengths")
     cost.add_argument("--heads", type=int, default=8, help="heads")
     cost.add_argument("--head_dim", type=int, default=64, help="channels per head")
-    cost.add_argument(
-        "--limit_seconds", type=float, default=60.0, help="leave out calls expected to take longer"
-    )
+    cost.add_argument("--limit_seconds", type=float, default=60.0, help="leave out calls expected to take longer")
     cost.add_argument("--output", type=Path, default=Path("runs/cost/cost.json"), help="file to write")
     cost.set_defaults(run=_bench_cost)
 
@@ -187,10 +177,13 @@ def _draw_curves(options: Namespace) -> None:
 
 
 def _draw_maps(options: Namespace) -> None:
+    from lineara.tasks.long_range_arena import ListOpsData, SequenceClassification
     from lineara.tasks.long_range_arena.pictures import expression_maps
     from lineara.tasks.training import load_run
 
     task, data = load_run(options.checkpoint)
+    if not isinstance(task, SequenceClassification) or not isinstance(data, ListOpsData):
+        raise ValueError(f"{options.checkpoint} must be of a ListOps run, got one of {type(task).__name__}")
     figure = expression_maps(task, data, options.expression, layer=options.layer, head=options.head)
     run_dir = options.checkpoint.parent.parent
     _save(figure, options.output or run_dir / "maps.png")

@@ -13,8 +13,9 @@ class SequenceClassifier(nn.Module):
 
         x = embedding(tokens) + positions,   x = block(x) for every layer,   logits = head(mean over valid of norm(x))
 
-    The defaults are the published PyTorch harness of Long Range Arena: 2 layers, dim 64, feed-forward 128, 2 heads of 32,
-    dropout 0.1, head Linear(64, 128)-ReLU-Linear. We differ in one point: the mean runs over the valid positions only.
+    The defaults are those of the published PyTorch harness: 2 layers, dim 64, feed-forward 128, dropout
+    0.1, head Linear(64, 128)-ReLU-Linear; its 2 heads are for `attention` to have. We differ in one point: the mean
+    runs over the valid positions only.
 
     Args:
         vocab_size: number of token ids; 0 is padding.

@@ -74,7 +74,7 @@ class _FeatureMapAttention(nn.Module):
             scale=self.scale,
             impl=self.impl,
         )  # (B, H, N, V)
-        maps = attended.mT.flatten(1, 2).unflatten(2, x.shape[2:])  # (B, H * V, *positions)
+        maps = attended.mT.reshape(x.shape[0], self.value_dim, *x.shape[2:])  # (B, H * V, *positions)
         return x + self.reprojection(maps)
 
     def extra_repr(self) -> str:
@@ -84,9 +84,8 @@ class _FeatureMapAttention(nn.Module):
         )
 
     def _split_heads(self, maps: Tensor) -> Tensor:
-        return (
-            maps.flatten(2).unflatten(1, (self.num_heads, -1)).mT
-        )  # (B, H * D, ...) -> (B, H, N, D), no copy
+        batch, channels = maps.shape[:2]
+        return maps.reshape(batch, self.num_heads, channels // self.num_heads, -1).mT  # (B, H, N, D), no copy
 
     def _check_input(self, name: str, maps: Tensor) -> None:
         if maps.dim() != 2 + len(self._axes) or maps.shape[1] != self.dim:
@@ -131,7 +130,7 @@ class EfficientAttention2d(_FeatureMapAttention):
 
 
 class EfficientAttention3d(_FeatureMapAttention):
-    """Layer form of `ops.efficient_attention` for (batch, dim, depth, height, width) volumes; see it for the mathematics.
+    """Layer form of `ops.efficient_attention` for (batch, dim, depth, height, width) volumes.
 
     Arguments, weights and residual are those of `EfficientAttention2d`.
     """

@@ -38,9 +38,7 @@ class SequenceAttention(nn.Module):
         self.key_dim = dim if key_dim is None else key_dim
         self.value_dim = dim if value_dim is None else value_dim
         self.context_dim = dim if context_dim is None else context_dim
-        check_widths(
-            num_heads, dim=dim, key_dim=self.key_dim, value_dim=self.value_dim, context_dim=self.context_dim
-        )
+        check_widths(num_heads, dim=dim, key_dim=self.key_dim, value_dim=self.value_dim, context_dim=self.context_dim)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.query = nn.Linear(dim, self.key_dim, bias=qkv_bias, **factory)
         self.key = nn.Linear(self.context_dim, self.key_dim, bias=qkv_bias, **factory)
@@ -95,14 +93,14 @@ class SequenceAttention(nn.Module):
         return f"dim={self.dim}, num_heads={self.num_heads}{widths}"
 
     def _split_heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, N, H * D) -> (B, H, N, D)
+        batch, positions, channels = projected.shape
+        heads = projected.view(batch, positions, self.num_heads, channels // self.num_heads)  # (B, N, H, D)
+        return heads.transpose(1, 2)  # (B, H, N, D)
 
     @staticmethod
     def _check_input(name: str, tensor: Tensor, dim: int) -> None:
         if tensor.dim() != 3 or tensor.shape[2] != dim:
-            raise ValueError(
-                f"{name} must have the shape (batch, positions, {dim}), got {tuple(tensor.shape)}"
-            )
+            raise ValueError(f"{name} must have the shape (batch, positions, {dim}), got {tuple(tensor.shape)}")
 
 
 def check_widths(num_heads: int, **widths: int) -> None:

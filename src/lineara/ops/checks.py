@@ -69,9 +69,7 @@ def check_key_mask(key_mask: Tensor | None, key: Tensor) -> None:
     if not isinstance(key_mask, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
         raise TypeError(f"key_mask must be a torch.Tensor or None, got {type(key_mask).__name__}")
     if key_mask.dtype != torch.bool:
-        raise TypeError(
-            f"key_mask must be boolean (True = takes part), got {key_mask.dtype}; write key_mask.bool()"
-        )
+        raise TypeError(f"key_mask must be boolean (True = takes part), got {key_mask.dtype}; write key_mask.bool()")
     expected = (key.shape[0], key.shape[2])
     if tuple(key_mask.shape) != expected:
         raise ValueError(
@@ -91,6 +89,4 @@ def check_choice(name: str, given: str, choices: Sequence[str]) -> None:
 
 def _check_equal_size(first: str, first_size: int, second: str, second_size: int, what: str) -> None:
     if first_size != second_size:
-        raise ValueError(
-            f"{first} and {second} must have the same {what}, got {first_size} and {second_size}"
-        )
+        raise ValueError(f"{first} and {second} must have the same {what}, got {first_size} and {second_size}")

@@ -25,15 +25,12 @@ def choose_implementation(operation: str, impl: str, query: Tensor) -> str:
     available = _AVAILABLE[operation]
     if impl not in available:
         raise ValueError(
-            f"impl must be an implementation that {operation} has ({_listed(available)}), got {impl!r}; "
-            "use impl='auto'"
+            f"impl must be an implementation that {operation} has ({_listed(available)}), got {impl!r}; use impl='auto'"
         )
     return impl
 
 
-def explain_implementation(
-    query: Tensor, key: Tensor, value: Tensor, *, operation: str = "efficient_attention"
-) -> str:
+def explain_implementation(query: Tensor, key: Tensor, value: Tensor, *, operation: str = "efficient_attention") -> str:
     """Say which implementation `impl="auto"` picks for these tensors, and why.
 
     Args:
@@ -57,8 +54,7 @@ def explain_implementation(
     for name, tensor in (("key", key), ("value", value)):
         if tensor.device != query.device:
             raise ValueError(
-                f"query and {name} must be on the same device, got {query.device} and {tensor.device}; "
-                "move one of them"
+                f"query and {name} must be on the same device, got {query.device} and {tensor.device}; move one of them"
             )
     implementation, reason = _rule(operation, query)
     return f"{implementation}: {reason}"

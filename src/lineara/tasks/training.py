@@ -35,9 +35,7 @@ class TrainingCommand(LightningCLI):
         instantiate: False only parses.
     """
 
-    def __init__(
-        self, args: list[str] | dict[str, Any], *, run: bool = True, instantiate: bool = True
-    ) -> None:
+    def __init__(self, args: list[str] | dict[str, Any], *, run: bool = True, instantiate: bool = True) -> None:
         self._instantiate = instantiate
         parser_options = {"exit_on_error": False, "dump_header": None}
         super().__init__(
@@ -115,9 +113,7 @@ class _KeepRecipe(Callback):
         if trainer.is_global_zero:
             write_text(Path(trainer.default_root_dir) / "config.yaml", self.recipe)
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[_RECIPE] = self.recipe
 
 
@@ -133,9 +129,7 @@ def _complaint(message: str) -> str:
     """One sentence of what the parser says over many lines: its innermost complaint, and the class that it is about."""
     message = message.split("- Expected a <class 'NoneType'>")[0].strip()
     complaint = message.splitlines()[-1].strip() if "Errors:" in message else " ".join(message.split())
-    complaint = complaint.split(" expects a function or a callable class: ")[-1].split(
-        ". Got value: Namespace"
-    )[0]
+    complaint = complaint.split(" expects a function or a callable class: ")[-1].split(". Got value: Namespace")[0]
     classes = re.findall(r"(?:class_path[ =]|Namespace\(class_path=)'([\w.]+)'", message)
     return f"{classes[-1]}: {complaint}" if classes and "Errors:" in message else complaint
 
@@ -152,9 +146,7 @@ def _choose_checkpoint(subcommand: str, run_dir: Path, given: str | None) -> str
         return None
     if subcommand == "fit" and given == "last" and not last.exists():
         return None
-    path = {None: folder / "best.ckpt", "best": folder / "best.ckpt", "last": last}.get(given) or Path(
-        str(given)
-    )
+    path = {None: folder / "best.ckpt", "best": folder / "best.ckpt", "last": last}.get(given) or Path(str(given))
     _read_checkpoint(path)
     return str(path)
 
@@ -168,13 +160,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch raises on a damaged or foreign file is of many kinds
-        raise ValueError(
-            f"{path} must be a whole checkpoint of lineara, got a file that torch cannot read"
-        ) from error
+        raise ValueError(f"{path} must be a whole checkpoint of lineara, got a file that torch cannot read") from error
     if not isinstance(content, dict) or _RECIPE not in content:
-        raise ValueError(
-            f"{path} must be a checkpoint written by `lineara fit`, got one without a recipe inside"
-        )
+        raise ValueError(f"{path} must be a checkpoint written by `lineara fit`, got one without a recipe inside")
     return content
 
 

@@ -93,9 +93,7 @@ def test_evaluate_by_hand(expression, value):
     assert evaluate(expression) == value
 
 
-@pytest.mark.parametrize(
-    "expression", ["", "1 2", "]", "[MIN ]", "[MIN 1 ]", "[MIN 1 2", "1 ]", "[MIN 1 2 ] 3"]
-)
+@pytest.mark.parametrize("expression", ["", "1 2", "]", "[MIN ]", "[MIN 1 ]", "[MIN 1 2", "1 ]", "[MIN 1 2 ] 3"])
 def test_evaluate_rejects_what_is_not_one_expression(expression):
     with pytest.raises(ValueError, match=re.escape(f"got {expression!r}")):
         evaluate(expression)
@@ -104,9 +102,7 @@ def test_evaluate_rejects_what_is_not_one_expression(expression):
 # What is generated
 
 
-@pytest.mark.parametrize(
-    ("grammar", "count"), [(BENCHMARK, 300), (SMALL, 3000), (ListOpsGrammar(20, 100), 1000)]
-)
+@pytest.mark.parametrize(("grammar", "count"), [(BENCHMARK, 300), (SMALL, 3000), (ListOpsGrammar(20, 100), 1000)])
 def test_layout_is_well_formed_and_labels_are_values(grammar, count):
     examples = generate(count, grammar=grammar, progress=False)
     assert len(examples) == count
@@ -130,9 +126,7 @@ def shape(expression):
 
 def test_depth_and_numbers_of_arguments_reach_their_bounds_and_stay_within():
     grammar = ListOpsGrammar(0, 300, max_depth=4, operator_probability=0.5, max_args=7)
-    deepest, numbers = zip(
-        *(shape(decode(tokens)) for tokens, _ in generate(2000, grammar=grammar, progress=False))
-    )
+    deepest, numbers = zip(*(shape(decode(tokens)) for tokens, _ in generate(2000, grammar=grammar, progress=False)))
     assert set(deepest) == {0, 1, 2, 3}  # operators at depths 1 to 3, digits only at depth 4
     assert set.union(*numbers) == {2, 3, 4, 5, 6, 7}
 
@@ -178,9 +172,7 @@ def assert_share(count, out_of, share, extra_error=0.0):
     assert abs(count / out_of - share) < tolerance, (count, out_of, share, tolerance)
 
 
-@pytest.mark.parametrize(
-    ("grammar", "num_chunks"), [(BENCHMARK, 60), (SMALL, 20), (ListOpsGrammar(20, 100), 20)]
-)
+@pytest.mark.parametrize(("grammar", "num_chunks"), [(BENCHMARK, 60), (SMALL, 20), (ListOpsGrammar(20, 100), 20)])
 def test_lengths_follow_their_exact_law(grammar, num_chunks):
     examples, num_trees = grow(grammar, num_chunks)
     law = exact_lengths(grammar)
@@ -207,9 +199,7 @@ def test_benchmark_statistics_of_the_design(benchmark):
     assert np.all(shares[1:9] < 0.091 + 4 * errors[1:9])
     by_root = Counter(zip(examples.tokens[examples.offsets[:-1]].tolist(), labels.tolist()))
     assert {root for root, _ in by_root} == {VOCABULARY.index(operator) for operator in OPERATORS}
-    right = sum(
-        max(by_root[VOCABULARY.index(operator), label] for label in range(10)) for operator in OPERATORS
-    )
+    right = sum(max(by_root[VOCABULARY.index(operator), label] for label in range(10)) for operator in OPERATORS)
     assert_share(right, num, 0.363, extra_error=np.sqrt(0.363 * 0.637 / 20_000))
 
 
@@ -294,9 +284,7 @@ def test_wrong_numbers_are_refused(wrong):
 
 
 def test_examples_are_a_sequence_of_views():
-    examples = ListOpsExamples(
-        np.arange(1, 8, dtype=np.uint8), np.array([0, 2, 2, 7]), np.array([3, 1, 4], np.uint8)
-    )
+    examples = ListOpsExamples(np.arange(1, 8, dtype=np.uint8), np.array([0, 2, 2, 7]), np.array([3, 1, 4], np.uint8))
     assert len(examples) == 3
     assert examples.lengths.tolist() == [2, 0, 5]
     assert [(tokens.tolist(), label) for tokens, label in examples] == [

@@ -171,9 +171,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(
-            OSError, match=rf"seed0.*npz must be .*, got {os.strerror(errno.EFBIG)}; make room"
-        ):
+        with pytest.raises(OSError, match=rf"seed0.*npz must be .*, got {os.strerror(errno.EFBIG)}; make room"):
             prepare_listops(tmp_path, **SETTINGS | {"num_train": 4000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -236,9 +234,7 @@ def test_two_runs_at_once_both_end_well(tmp_path, monkeypatch):
         return generate(*args, **settings)
 
     monkeypatch.setattr(listops_files, "generate", generate_together)
-    threads = [
-        threading.Thread(target=lambda: paths.append(prepare_listops(tmp_path, **SETTINGS))) for _ in range(2)
-    ]
+    threads = [threading.Thread(target=lambda: paths.append(prepare_listops(tmp_path, **SETTINGS))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -271,9 +267,7 @@ def test_a_read_only_root_is_refused_before_the_work(folder_and_lock, monkeypatc
     folder, lock = folder_and_lock
     lock()
     monkeypatch.setattr(listops_files, "generate", fail)
-    with pytest.raises(
-        PermissionError, match=rf"{folder}/listops/.* must be .*, got Permission denied; make"
-    ):
+    with pytest.raises(PermissionError, match=rf"{folder}/listops/.* must be .*, got Permission denied; make"):
         prepare_listops(folder, **SETTINGS)
 
 
@@ -351,7 +345,5 @@ def test_a_broken_line_is_named(tmp_path, content, number, reason):
 
 def test_a_missing_published_file_is_named(tmp_path):
     write_tsv(tmp_path / "basic_train.tsv", generate(3, grammar=GRAMMAR, progress=False))
-    with pytest.raises(
-        FileNotFoundError, match=r"basic_val\.tsv must be .* got no such file; put them there"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"basic_val\.tsv must be .* got no such file; put them there"):
         load_listops_folder(tmp_path)

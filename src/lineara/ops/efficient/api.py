@@ -32,10 +32,10 @@ def efficient_attention(
 
         E(Q, K, V) = rho_q(scale Q) ( rho_k(scale K)^T V )
 
-    Under `"softmax"`, rho_q is the softmax over the channels of each query and rho_k the softmax over the positions of
-    each key channel: the rows of the implied attention matrix rho_q rho_k^T are non-negative and sum to 1, but it is not
-    softmax(Q K^T). Under `"scaling"`, both divide by the square root of the number of valid key positions M, which makes
-    the result exactly dot-product attention with scaling normalisation, (Q K^T / M) V.
+    Under `"softmax"`, rho_q is the softmax over the channels of each query and rho_k the softmax over the positions
+    of each key channel: the rows of the implied attention matrix rho_q rho_k^T are non-negative and sum to 1, but it is
+    not softmax(Q K^T). Under `"scaling"`, both divide by the square root of the number of valid key positions M, which
+    makes the result exactly dot-product attention with scaling normalisation, (Q K^T / M) V.
 
     Args:
         query: (batch, heads, query positions, key channels); float64, float32, bfloat16 or float16, any strides.
@@ -56,9 +56,9 @@ def efficient_attention(
         ValueError: for shapes or devices that do not fit, or an unknown `normalization` or `impl`.
         TypeError: for dtypes that differ or are not floating point, or a mask that is not boolean.
 
-    Cost: O((N + M) K V) time for N query positions, M key positions, K key and V value channels per head. Memory beyond
-    inputs and output: O(K V) with `"streaming"`, O(N K + M (K + V)) with `"reference"`. What streaming keeps is bounded by
-    a constant: inputs of up to 2 Mi elements are one block to it, longer ones are walked in blocks of 256 Ki.
+    Cost: O((N + M) K V) time for N query positions, M key positions, K key and V value channels per head. Memory
+    beyond inputs and output: O(N K + M (K + V)) with `"reference"`; O(K V) and buffers of constant size with
+    `"streaming"`, to which inputs of up to 2 Mi elements are one block.
 
     Source: Shen, Zhang, Zhao, Yi, Li, "Efficient Attention: Attention with Linear Complexities", WACV 2021,
     arXiv 1812.01243. Masks, `scale` and cross-attention are ours.
@@ -72,9 +72,7 @@ def efficient_attention(
     implementation = choose_implementation("efficient_attention", impl, query)
     if implementation == "streaming" and not fits_one_block(query, key, value):
         return operators.efficient_attention(query, key, value, key_mask, normalization, float(scale))[0]
-    return reference.efficient_attention(
-        query, key, value, normalization=normalization, scale=scale, key_mask=key_mask
-    )
+    return reference.efficient_attention(query, key, value, normalization=normalization, scale=scale, key_mask=key_mask)
 
 
 def summarize_context(
@@ -90,9 +88,9 @@ def summarize_context(
 
         m_k = max_i scale K_ik,   s_k = sum_i exp(scale K_ik - m_k),   S_kv = sum_i exp(scale K_ik - m_k) V_iv
 
-    (`"softmax"`; under `"scaling"` m = 0, s is the number of valid positions and S = scale K^T V). The context matrix is
-    S / s. Summaries of parts merge exactly (`merge_contexts`), so keys and values may come in chunks, be summarised once
-    for many queries, or live on several machines.
+    (`"softmax"`; under `"scaling"` m = 0, s is the number of valid positions and S = scale K^T V). The context matrix
+    is S / s. Summaries of parts merge exactly (`merge_contexts`), so keys and values may come in chunks, be summarised
+    once for many queries, or live on several machines.
 
     Args:
         key: (batch, heads, key positions, key channels); the number of positions may be 0.
@@ -118,11 +116,11 @@ def summarize_context(
     check_key_mask(key_mask, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
     if choose_implementation("efficient_attention", impl, key) == "streaming":
-        tensors = operators.summarize_context(key, value, key_mask, normalization, float(scale))
-        return ContextSummary(*tensors, normalization, float(scale))
-    return reference.summarize_context(
-        key, value, normalization=normalization, scale=float(scale), key_mask=key_mask
-    )
+        maximum, total, weighted_sum = operators.summarize_context(
+            key, value, key_mask, normalization, float(scale)
+        )
+        return ContextSummary(maximum, total, weighted_sum, normalization, float(scale))
+    return reference.summarize_context(key, value, normalization=normalization, scale=float(scale), key_mask=key_mask)
 
 
 def merge_contexts(first: ContextSummary, *others: ContextSummary) -> ContextSummary:
@@ -212,6 +210,4 @@ def attend_context(query: Tensor, context: ContextSummary, *, impl: str = "auto"
 
 def _check_summary(context: ContextSummary) -> None:
     if not isinstance(context, ContextSummary):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
-        raise TypeError(
-            f"a context must come from summarize_context or merge_contexts, got {type(context).__name__}"
-        )
+        raise TypeError(f"a context must come from summarize_context or merge_contexts, got {type(context).__name__}")

@@ -4,6 +4,9 @@ torch.compile and torch.export see one opaque node instead of a loop, so that no
 compiled in. Where gradients of gradients are asked for, the backward pass is that of the reference.
 """
 
+# pyright: reportUnknownMemberType=false
+# (torch.library types its registrations only in part)
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -177,9 +180,7 @@ def _summary_gradients(ctx: Any, _: Tensor, grad_total: Tensor, grad_weighted_su
 
         gradients = _reference_gradients(forward, (key, value), [grad_total, grad_weighted_sum])
     else:
-        gradients = summarize_context_backward(
-            grad_total, grad_weighted_sum, key, value, key_mask, maximum, **options
-        )
+        gradients = summarize_context_backward(grad_total, grad_weighted_sum, key, value, key_mask, maximum, **options)
     return *gradients, None, None, None
 
 

@@ -114,10 +114,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _prepare(
-    key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None, fill: float
-) -> tuple[Tensor, Tensor]:
-    """Key (scaled) and value in the dtype that sums are kept in, `fill` and 0 in place of what masked positions hold."""
+def _prepare(key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None, fill: float) -> tuple[Tensor, Tensor]:
+    """Key (scaled) and value in the dtype of sums; `fill` and 0 in place of what masked positions hold."""
     key, value = _scaled(key, scale), value.to(accumulation_dtype(value.dtype))
     if key_mask is None:
         return key, value

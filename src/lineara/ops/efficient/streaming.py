@@ -8,7 +8,7 @@ Letters in comments: B batch, H heads, R rows of a block (some of the B * H), n 
 M key positions, K key channels, V value channels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -69,7 +69,10 @@ def summarize_backward(
     normalization: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of key and value: with E = exp(K - m), dV = E dS and dK = E * (V dS^T + ds); for scaling E = K, dK = V dS^T."""
+    """Gradients of key and value: with E = exp(K - m), dV = E dS and dK = E * (V dS^T + ds).
+
+    For scaling dV = K dS and dK = V dS^T.
+    """
     softmax = normalization == "softmax"
     grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
     grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
@@ -177,7 +180,7 @@ class _Buffer:
         return loaded.masked_fill_(hidden, fill) if hidden is not None and anything_hidden else loaded
 
     @contextmanager
-    def storing(self, target: Tensor) -> Iterator[Tensor]:
+    def storing(self, target: Tensor) -> Generator[Tensor]:
         """A tensor to compute in, which ends up in the target: the target itself where its dtype allows it."""
         if target.dtype == self.dtype:
             yield target
@@ -187,9 +190,7 @@ class _Buffer:
             target.copy_(result)
 
 
-def _blocks(
-    long: Sequence[Tensor], short: Sequence[Tensor]
-) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
+def _blocks(long: Sequence[Tensor], short: Sequence[Tensor]) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
     """Cut (B, H, positions, ...) and (B, H, ...) tensors into (R, n, ...) and (R, ...) views, block by block.
 
     No layout is copied: where batch and heads do not lie evenly spaced in memory, the batch is walked item by item.

@@ -54,6 +54,4 @@ def softmax_attention(
     check_key_mask(key_mask, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
     choose_implementation("softmax_attention", impl, query)
-    return reference.softmax_attention(
-        query, key, value, normalization=normalization, scale=scale, key_mask=key_mask
-    )
+    return reference.softmax_attention(query, key, value, normalization=normalization, scale=scale, key_mask=key_mask)

@@ -66,7 +66,9 @@ class ListOpsData(LightningDataModule):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.data_root = data_root
         self.published_folder = published_folder
-        self.sizes = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
+        self.num_train = num_train
+        self.num_val = num_val
+        self.num_test = num_test
         self.grammar = ListOpsGrammar(min_len=min_len, max_len=max_len, max_depth=max_depth)
         self.generator_seed = generator_seed
         self.batch_size = batch_size
@@ -122,7 +124,9 @@ class ListOpsData(LightningDataModule):
     def _prepare(self) -> Path:
         return prepare_listops(
             self.data_root,
-            **self.sizes,
+            num_train=self.num_train,
+            num_val=self.num_val,
+            num_test=self.num_test,
             grammar=self.grammar,
             seed=self.generator_seed,
             num_workers=self.num_workers,
@@ -176,9 +180,7 @@ class LengthBucketSampler(Sampler[list[int]]):
         start: batches to leave out of the first epoch, which a resumed run has seen already.
     """
 
-    def __init__(
-        self, lengths: np.ndarray, batch_size: int, *, shuffle: bool, seed: int = 0, start: int = 0
-    ) -> None:
+    def __init__(self, lengths: np.ndarray, batch_size: int, *, shuffle: bool, seed: int = 0, start: int = 0) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.shuffle = shuffle

@@ -65,9 +65,7 @@ def prepare_listops(
         if _is_current(path, parameters):
             return path
     with _temporary_beside(path) as file:
-        examples = generate(
-            sum(sizes.values()), grammar=grammar, seed=seed, num_workers=num_workers, progress=progress
-        )
+        examples = generate(sum(sizes.values()), grammar=grammar, seed=seed, num_workers=num_workers, progress=progress)
         _write(path, file, parameters, _split(examples, sizes))
     return path
 
@@ -158,9 +156,7 @@ def _remove_leftovers(folder: Path) -> None:
     """Delete temporary files whose writer was killed."""
     for temporary in folder.glob("listops-*.tmp"):
         with suppress(OSError):
-            if (match := _TEMPORARY.fullmatch(temporary.name)) and _is_abandoned(
-                temporary, **match.groupdict()
-            ):
+            if (match := _TEMPORARY.fullmatch(temporary.name)) and _is_abandoned(temporary, **match.groupdict()):
                 temporary.unlink()
 
 
@@ -191,9 +187,7 @@ def _read(path: Path) -> tuple[dict[str, int | float], dict[str, ListOpsExamples
         with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
             parameters = json.loads(str(file["parameters"]))
             version = parameters["format"]
-            splits = {
-                split: ListOpsExamples(*(file[f"{split}_{part}"] for part in _ARRAYS)) for split in _SPLITS
-            }
+            splits = {split: ListOpsExamples(*(file[f"{split}_{part}"] for part in _ARRAYS)) for split in _SPLITS}
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} must be a file of generated ListOps examples, got no such file; make it with "
@@ -206,9 +200,7 @@ def _read(path: Path) -> tuple[dict[str, int | float], dict[str, ListOpsExamples
             f"{path} must be whole, got a damaged file ({error!r}); run `lineara data listops` again"
         ) from error
     if version != _FORMAT:
-        raise ValueError(
-            f"{path} must have format {_FORMAT}, got {version}; run `lineara data listops` again"
-        )
+        raise ValueError(f"{path} must have format {_FORMAT}, got {version}; run `lineara data listops` again")
     return parameters, splits
 
 
@@ -228,9 +220,7 @@ def _temporary_beside(path: Path) -> Generator[BinaryIO]:
         path.with_name(name).unlink(missing_ok=True)
 
 
-def _write(
-    path: Path, file: BinaryIO, parameters: dict[str, int | float], splits: dict[str, ListOpsExamples]
-) -> None:
+def _write(path: Path, file: BinaryIO, parameters: dict[str, int | float], splits: dict[str, ListOpsExamples]) -> None:
     arrays = {f"{split}_{part}": getattr(splits[split], part) for split in _SPLITS for part in _ARRAYS}
     with _explaining(path):
         np.savez_compressed(file, parameters=np.array(json.dumps(parameters)), **arrays)

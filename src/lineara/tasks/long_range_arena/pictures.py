@@ -29,9 +29,7 @@ def expression_maps(
     attention = _attention_layer(task.network, layer)
     if not 0 <= head < int(attention.num_heads):  # type: ignore[arg-type]
         raise ValueError(f"head must be at least 0 and below {attention.num_heads}, got {head}")
-    tokens, label = (
-        _shortest_test_example(data) if expression is None else (encode(expression), evaluate(expression))
-    )
+    tokens, label = _shortest_test_example(data) if expression is None else (encode(expression), evaluate(expression))
     examples = ListOpsExamples(tokens, np.array([0, len(tokens)]), np.array([label], dtype=np.uint8))
     batch = SequenceBatches(examples)[[0]]
     with torch.no_grad():

@@ -35,10 +35,7 @@ class SequenceClassification(LightningModule):
         self.peak_lr = peak_lr
         self.warmup_steps = warmup_steps
         self.accuracy = nn.ModuleDict(
-            {
-                f"{stage}_": MulticlassAccuracy(num_classes, average="micro")
-                for stage in ("train", "val", "test")
-            }
+            {f"{stage}_": MulticlassAccuracy(num_classes, average="micro") for stage in ("train", "val", "test")}
         )
         self._predictions: list[dict[str, Tensor]] = []
 
@@ -96,6 +93,7 @@ class SequenceClassification(LightningModule):
         logits = self(batch)
         loss = cross_entropy(logits, batch["label"])
         accuracy = self.accuracy[f"{stage}_"]
+        assert isinstance(accuracy, MulticlassAccuracy)
         accuracy(logits, batch["label"])
         options: dict[str, Any] = {
             "on_step": stage == "train",

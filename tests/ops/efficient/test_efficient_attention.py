@@ -1,0 +1,354 @@
+"""Efficient attention: what it means, and that every implementation means it."""
+
+import pytest
+import torch
+
+from lineara.ops import efficient_attention, softmax_attention
+from lineara.ops.efficient import streaming
+
+BOTH = pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+IMPLEMENTATIONS = pytest.mark.parametrize("impl", ["reference", "streaming"])
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that these tests walk several, in positions and in rows."""
+    monkeypatch.setattr(streaming, "_ONE_BLOCK_ELEMENTS", 0)
+    monkeypatch.setattr(streaming, "_BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr(streaming, "_BLOCK_LEN", 11)
+
+
+@pytest.fixture
+def only_blocks(monkeypatch):
+    """Blocks of the usual size, however small the inputs."""
+    monkeypatch.setattr(streaming, "_ONE_BLOCK_ELEMENTS", 0)
+
+
+def tensors(*, batch=2, heads=3, queries=7, keys=13, key_dim=5, value_dim=11, dtype=torch.float64):
+    return (
+        torch.randn(batch, heads, queries, key_dim, dtype=dtype),
+        torch.randn(batch, heads, keys, key_dim, dtype=dtype),
+        torch.randn(batch, heads, keys, value_dim, dtype=dtype),
+    )
+
+
+# What it means.
+
+
+@IMPLEMENTATIONS
+def test_one_number_by_hand(impl, only_blocks):
+    # Two channels, two positions. Keys: channel 0 has weights (3/4, 1/4), channel 1 has (1/2, 1/2); values 8 and 0 make
+    # the context (6, 4). The query weighs the channels by (1/3, 2/3): 6/3 + 4 * 2/3.
+    ln = torch.tensor([1.0, 2.0, 3.0]).log()
+    query = torch.stack([ln[0], ln[1]]).view(1, 1, 1, 2)
+    key = torch.tensor([[ln[2], 5.0], [ln[0], 5.0]]).view(1, 1, 2, 2)
+    value = torch.tensor([8.0, 0.0]).view(1, 1, 2, 1)
+    torch.testing.assert_close(efficient_attention(query, key, value, impl=impl).item(), 2 + 8 / 3)
+
+
+@IMPLEMENTATIONS
+def test_scaling_by_hand(impl, only_blocks):
+    query, key = torch.tensor([2.0]).view(1, 1, 1, 1), torch.tensor([1.0, 5.0, 7.0]).view(1, 1, 3, 1)
+    value = torch.tensor([1.0, 10.0, 100.0]).view(1, 1, 3, 1)
+    mask = torch.tensor([[True, True, False]])
+    output = efficient_attention(query, key, value, normalization="scaling", scale=3.0, key_mask=mask, impl=impl)
+    assert output.item() == pytest.approx(3 * 3 * 2 * (1 + 50) / 2)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("masked", [False, True])
+def test_scaling_is_dot_product_attention_with_scaling(impl, masked, only_blocks):
+    query, key, value = tensors()
+    mask = torch.rand(2, 13) > 0.4 if masked else None
+    ours = efficient_attention(query, key, value, normalization="scaling", scale=0.7, key_mask=mask, impl=impl)
+    theirs = softmax_attention(query, key, value, normalization="scaling", scale=0.7, key_mask=mask)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@IMPLEMENTATIONS
+def test_rows_of_the_implied_attention_are_probabilities(impl, only_blocks):
+    # With the identity as values, the output is the attention matrix itself.
+    query, key, _ = tensors()
+    identity = torch.eye(13, dtype=torch.float64).expand(2, 3, 13, 13)
+    rows = efficient_attention(query, key, identity, impl=impl)
+    assert (rows >= 0).all()
+    torch.testing.assert_close(rows.sum(dim=3), torch.ones(2, 3, 7, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(rows, (query @ key.mT).softmax(dim=3), atol=1e-2)
+
+
+@IMPLEMENTATIONS
+@BOTH
+def test_positions_have_no_order(impl, normalization, small_blocks):
+    query, key, value = tensors(queries=31, keys=31)
+    order = torch.randperm(31)
+    permuted = efficient_attention(
+        query[:, :, order], key[:, :, order], value[:, :, order], normalization=normalization, impl=impl
+    )
+    straight = efficient_attention(query, key, value, normalization=normalization, impl=impl)
+    torch.testing.assert_close(permuted, straight[:, :, order], rtol=1e-12, atol=1e-12)
+
+
+@IMPLEMENTATIONS
+@BOTH
+def test_scale_multiplies_query_and_key(impl, normalization, only_blocks):
+    query, key, value = tensors()
+    scaled = efficient_attention(query, key, value, normalization=normalization, scale=1.7, impl=impl)
+    by_hand = efficient_attention(1.7 * query, 1.7 * key, value, normalization=normalization, impl=impl)
+    torch.testing.assert_close(scaled, by_hand, rtol=1e-12, atol=1e-12)
+
+
+@IMPLEMENTATIONS
+@BOTH
+def test_items_and_heads_do_not_see_each_other(impl, normalization, small_blocks):
+    query, key, value = tensors()
+    whole = efficient_attention(query, key, value, normalization=normalization, impl=impl)
+    one = [tensor[1:, 2:] for tensor in (query, key, value)]
+    alone = efficient_attention(*one, normalization=normalization, impl=impl)
+    torch.testing.assert_close(whole[1:, 2:], alone, rtol=1e-12, atol=1e-12)
+
+
+# Masks.
+
+
+@IMPLEMENTATIONS
+@BOTH
+def test_masked_positions_are_as_if_absent_and_get_no_gradient(impl, normalization, with_gradients, small_blocks):
+    query, key, value = tensors(batch=1)
+    present = torch.arange(13) % 3 != 1
+    poisoned_key, poisoned_value = key.clone(), value.clone()
+    poisoned_key[:, :, ~present] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e300, torch.nan], dtype=key.dtype)
+    poisoned_value[:, :, ~present] = torch.nan
+    poisoned_value[:, :, 1] = torch.inf
+
+    def masked(query, key, value):
+        return efficient_attention(query, key, value, normalization=normalization, key_mask=present[None], impl=impl)
+
+    def cropped(query, key, value):
+        return efficient_attention(
+            query, key[:, :, present], value[:, :, present], normalization=normalization, impl=impl
+        )
+
+    grad_output = torch.randn(1, 3, 7, 11, dtype=torch.float64)
+    given = with_gradients(masked, (query, poisoned_key, poisoned_value), grad_output)
+    expected = with_gradients(cropped, (query, key, value), grad_output)
+    for one, other in zip(given, expected):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert (given[2][:, :, ~present] == 0).all()
+    assert (given[3][:, :, ~present] == 0).all()
+
+
+@IMPLEMENTATIONS
+@BOTH
+def test_an_item_without_valid_positions_gives_zeros_and_zero_gradients(
+    impl, normalization, with_gradients, small_blocks
+):
+    query, key, value = tensors()
+    key[0], value[0] = torch.nan, torch.inf
+    mask = torch.tensor([[False], [True]]).expand(2, 13)
+
+    def call(query, key, value):
+        return efficient_attention(query, key, value, normalization=normalization, key_mask=mask, impl=impl)
+
+    with torch.autograd.set_detect_anomaly(True):
+        results = with_gradients(call, (query, key, value), torch.randn(2, 3, 7, 11, dtype=torch.float64))
+    for result in results:
+        assert (result[0] == 0).all()
+        assert result.isfinite().all()
+        assert (result[1] != 0).any()
+
+
+@IMPLEMENTATIONS
+@BOTH
+def test_no_key_positions_at_all_give_zeros(impl, normalization, only_blocks):
+    query, key, value = tensors(keys=0)
+    output = efficient_attention(query, key, value, normalization=normalization, impl=impl)
+    assert output.shape == (2, 3, 7, 11)
+    assert (output == 0).all()
+
+
+# Streaming means what the reference means.
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("positions", [1, 63, 129])
+def test_streaming_is_as_exact_as_the_reference(
+    normalization, dtype, masked, positions, assert_as_exact_as, nan_scratch, small_blocks
+):
+    inputs = tensors(keys=positions, key_dim=17, value_dim=60, dtype=dtype)
+    mask = torch.rand(2, positions) > 0.4 if masked else None
+    options = {"normalization": normalization, "scale": 0.7, "key_mask": mask}
+    assert_as_exact_as(
+        lambda *inputs: efficient_attention(*inputs, impl="streaming", **options),
+        lambda *inputs: efficient_attention(*inputs, impl="reference", **options),
+        inputs,
+    )
+
+
+def strided(tensor, layout):
+    """The same numbers, laid out otherwise."""
+    batch, heads, positions, channels = tensor.shape
+    if layout == "heads beside channels":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "channels first":
+        return tensor.mT.contiguous().mT
+    if layout == "every other":
+        room = torch.full((batch, heads, 2 * positions, 2 * channels), torch.nan, dtype=tensor.dtype)
+        room[:, :, ::2, 1::2] = tensor
+        return room[:, :, ::2, 1::2]
+    return tensor[:, :1].expand(-1, heads, -1, -1)  # "one head for all"
+
+
+@BOTH
+@pytest.mark.parametrize("blocks", ["small_blocks", "only_blocks"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", ["heads beside channels", "channels first", "every other", "one head for all"])
+def test_streaming_takes_any_strides(normalization, blocks, masked, layout, assert_as_exact_as, nan_scratch, request):
+    request.getfixturevalue(blocks)
+    inputs = [strided(tensor, layout) for tensor in tensors(dtype=torch.float32)]
+    options = {"normalization": normalization, "key_mask": torch.rand(2, 13) > 0.4 if masked else None}
+
+    def call(query, key, value, impl):
+        return efficient_attention(*(strided(tensor, layout) for tensor in (query, key, value)), impl=impl, **options)
+
+    assert_as_exact_as(
+        lambda *inputs: call(*inputs, impl="streaming"), lambda *inputs: call(*inputs, impl="reference"), inputs
+    )
+
+
+def test_streaming_takes_a_gradient_of_any_strides(with_gradients, only_blocks):
+    inputs = tensors()
+    expanded = torch.randn(1, 1, 1, 11, dtype=torch.float64).expand(2, 3, 7, 11)
+    for given, expected in zip(
+        with_gradients(lambda *inputs: efficient_attention(*inputs, impl="streaming"), inputs, expanded),
+        with_gradients(lambda *inputs: efficient_attention(*inputs, impl="reference"), inputs, expanded),
+    ):
+        torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
+
+
+@BOTH
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_and_their_gradients_are_right(normalization, masked, small_blocks):
+    inputs = [t.requires_grad_() for t in tensors(heads=1, queries=3, keys=13, key_dim=3, value_dim=2)]
+    mask = torch.rand(2, 13) > 0.4 if masked else None
+    if mask is not None:
+        mask[1] = False
+
+    def call(*inputs):
+        return efficient_attention(*inputs, normalization=normalization, scale=0.7, key_mask=mask, impl="streaming")
+
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_one_gradient_alone_and_its_gradient(wanted, only_blocks):
+    inputs = list(tensors())
+    inputs[wanted].requires_grad_()
+
+    def penalty(impl):
+        output = efficient_attention(*inputs, impl=impl)
+        (gradient,) = torch.autograd.grad(output.square().sum(), inputs[wanted], create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), inputs[wanted])[0]
+
+    torch.testing.assert_close(penalty("streaming"), penalty("reference"), rtol=1e-9, atol=1e-12)
+
+
+def test_short_inputs_are_one_block_and_long_ones_are_not(monkeypatch):
+    inputs = tensors()
+    walked = []
+    blocks = streaming._blocks
+    monkeypatch.setattr(streaming, "_blocks", lambda *tensors: walked.append(1) or blocks(*tensors))
+    monkeypatch.setattr(streaming, "_ONE_BLOCK_ELEMENTS", inputs[2].numel())
+    short = efficient_attention(*inputs, impl="streaming")
+    assert not walked
+    monkeypatch.setattr(streaming, "_ONE_BLOCK_ELEMENTS", inputs[2].numel() - 1)
+    torch.testing.assert_close(efficient_attention(*inputs, impl="streaming"), short, rtol=1e-12, atol=1e-12)
+    assert walked
+
+
+# Numerics.
+
+
+@IMPLEMENTATIONS
+@BOTH
+def test_logits_of_ten_thousand_are_finite_and_exact(impl, normalization, assert_as_exact_as, small_blocks):
+    inputs = tensors(dtype=torch.float32)
+    inputs = [(tensor * 1e4).clamp(-1e4, 1e4) if i < 2 else tensor for i, tensor in enumerate(inputs)]
+    for result in (efficient_attention(*inputs, normalization=normalization, impl=impl),):
+        assert result.isfinite().all()
+    assert_as_exact_as(
+        lambda *inputs: efficient_attention(*inputs, normalization=normalization, impl=impl),
+        lambda *inputs: efficient_attention(*inputs, normalization=normalization, impl="reference"),
+        inputs,
+    )
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+def test_a_million_positions_in_half_precision(impl, dtype, allowed):
+    query, key, value = tensors(
+        batch=1, heads=1, queries=5, keys=1_000_003, key_dim=17, value_dim=3, dtype=torch.float32
+    )
+    query, key, value = query.to(dtype), (3 * key).to(dtype), (value + 1).to(dtype)
+    given = efficient_attention(query, key, value, impl=impl).double()
+    exact = efficient_attention(query.double(), key.double(), value.double(), impl="reference")
+    assert given.isfinite().all()
+    assert (given - exact).norm() <= allowed * exact.norm()
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"key": (2, 3, 12, 5)}, ValueError, "key and value must have the same number of positions, got 12 and 13"),
+        ({"key": (2, 2, 13, 5)}, ValueError, "key and value must have the same number of heads, got 2 and 3"),
+        ({"value": (1, 3, 13, 11)}, ValueError, "key and value must have the same batch size, got 2 and 1"),
+        ({"query": (2, 3, 7, 6)}, ValueError, "query and key must have the same number of channels, got 6 and 5"),
+        ({"query": (1, 3, 7, 5)}, ValueError, "query and key must have the same batch size, got 1 and 2"),
+        ({"query": (2, 7, 5)}, ValueError, r"query must have the shape \(batch, heads, positions, channels\), got"),
+        ({"key": (2, 3, 13, 0)}, ValueError, "key must have at least one channel"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(change, error, message):
+    shapes = {"query": (2, 3, 7, 5), "key": (2, 3, 13, 5), "value": (2, 3, 13, 11)} | change
+    with pytest.raises(error, match=message):
+        efficient_attention(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"normalization": "max"}, ValueError, "normalization must be one of 'softmax', 'scaling', got 'max'"),
+        ({"impl": "fast"}, ValueError, "impl must be one of 'auto', 'reference', .*, got 'fast'"),
+        ({"impl": "triton"}, ValueError, "impl must be an implementation that efficient_attention has .*got 'triton'"),
+        ({"key_mask": torch.ones(2, 7, dtype=torch.bool)}, ValueError, r"shape \(batch, key positions\) = \(2, 13\)"),
+        ({"key_mask": torch.ones(2, 13)}, TypeError, r"key_mask must be boolean .*, got torch.float32"),
+        ({"key_mask": [True] * 13}, TypeError, "key_mask must be a torch.Tensor or None, got list"),
+        (
+            {"key_mask": torch.ones(2, 13, dtype=torch.bool, device="meta")},
+            ValueError,
+            "key and key_mask must be on the same device, got cpu and meta",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        efficient_attention(*tensors(), **options)
+
+
+def test_dtypes_and_devices_that_do_not_fit_are_named():
+    query, key, value = tensors()
+    with pytest.raises(TypeError, match=r"query must be float64, float32, bfloat16 or float16, got torch.int64"):
+        efficient_attention(query.long(), key, value)
+    with pytest.raises(TypeError, match=r"key and value must have the same dtype, got torch.float64 and torch.float32"):
+        efficient_attention(query, key, value.float())
+    with pytest.raises(TypeError, match=r"query and key must have the same dtype, got torch.float32 and torch.float64"):
+        efficient_attention(query.float(), key, value)
+    with pytest.raises(ValueError, match="query and key must be on the same device, got meta and cpu"):
+        efficient_attention(query.to("meta"), key, value)
+    with pytest.raises(TypeError, match=r"value must be a torch.Tensor, got list"):
+        efficient_attention(query, key, value.tolist())
