@@ -15,6 +15,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +33,10 @@ PACKAGE = "lineara"
 
 @dataclass(frozen=True)
 class Row:
-    """What the files of one room may import. The standard library is always allowed."""
+    """What the files of one room may import: nothing else, tests and benchmarks included.
+
+    The standard library is always allowed.
+    """
 
     files: str  # pattern of the path below src/lineara; the first row that matches the whole path counts
     libraries: str = ""
@@ -75,7 +79,6 @@ WHICH_WAY_IMPORTS_POINT = (
 )
 ROOMS = ("ops", "nn", "models", "tasks", "viz", "measure", "integrations", "cli")
 ROOMS_OF_SEPARATE_DRAWERS = ("ops", "tasks")
-NOBODY_IMPORTS = ("tests", "benchmarks")
 
 FORBIDDEN_NAMES = ["utils", "common", "core", "helpers", "legacy", "experiments"]
 # fmt: off
@@ -113,10 +116,7 @@ RECIPE_LABELS = ("Reproduces:", "Expected:", "Hardware:", "Time:", "Command:", "
 DATE_AND_COMMIT = r"\d{4}-\d{2}-\d{2}\b.*\b[0-9a-f]{7,40}\b"
 
 README_BLOCK_STARTS_BY = 20
-TEXTS = [
-    "src", "tests", "docs", "recipes", "benchmarks", ".ci", "README.md", "CHANGELOG.md",
-    "CONTRIBUTING.md", "Makefile", "constraints.txt",
-]
+TEXTS = ["src", "tests", "docs", "recipes", "benchmarks", ".ci", "README.md", "Makefile", "constraints.txt"]
 # fmt: on
 HOSTS_IN_MARKDOWN = ("arxiv.org", "github.com")
 
@@ -223,22 +223,28 @@ CLEAN = {
     "src/lineara/__init__.py": "import typing\nif typing.TYPE_CHECKING:\n    from . import nn, ops\n",
     "src/lineara/ops/__init__.py": "from .efficient.api import efficient_attention\n",
     "src/lineara/ops/dispatch.py": "def _f():\n    import triton\n    from .softmax import triton_kernels\n",
-    "src/lineara/ops/checks.py": "import math\nimport torch\n",
+    "src/lineara/ops/checks.py": "import math\nimport torch._prims\n",
     "src/lineara/ops/efficient/api.py": (
         "from .. import checks, dispatch\nfrom .reference import forward\n"
         "def efficient_attention():\n    from . import triton_kernels\n"
     ),
     "src/lineara/ops/efficient/reference.py": "import torch\ndef forward(): ...\n",
-    "src/lineara/ops/efficient/triton_kernels.py": "import torch\nimport triton\n" + "\n" * FILE_LINES,
+    "src/lineara/ops/efficient/triton_kernels.py": (
+        "import torch\nimport triton\nfrom ..triton_kernels import softmax\n" + "\n" * FILE_LINES
+    ),
+    "src/lineara/ops/triton_kernels.py": "import triton.language\n",
     "src/lineara/ops/softmax/api.py": "from ..checks import x\nfrom lineara.ops import kernel_attention\n",
     "src/lineara/nn/attention.py": "from torch import nn\nfrom lineara.ops import efficient_attention\n",
     "src/lineara/models/psmnet.py": "import torchvision.models\nfrom ..nn import EfficientAttention3d\n",
     "src/lineara/tasks/stereo_depth/task.py": "import lightning\nfrom . import data\nfrom ... import viz\n",
-    "src/lineara/tasks/stereo_depth/data.py": "import skimage\nimport sklearn\n",
+    "src/lineara/tasks/stereo_depth/data.py": "import skimage\nimport lineara.ops.efficient.api\n",
     "src/lineara/viz/maps.py": "import matplotlib.pyplot as plt\nimport numpy as np\n",
     "src/lineara/measure/memory.py": "import tracemalloc\nfrom lineara import models\n",
     "src/lineara/integrations/timm_models.py": "import timm\nfrom lineara.nn import EfficientAttention\n",
-    "src/lineara/cli.py": "import lineara\nfrom jsonargparse import CLI\ndef main():\n    import torch\n",
+    "src/lineara/cli.py": (
+        "import lineara\nimport jsonargparse\nfrom lineara import efficient_attention\n"
+        "def main():\n    if True:\n        import torch\n"
+    ),
     "tests/ops/efficient/test_reference.py": "def test_attends(): ...\n",
     "tests/ops/softmax/test_api.py": "class TestApi:\n    def test_attends(self): ...\n",
     "tests/nn/test_attention.py": "def test_attends(): ...\n",
@@ -319,6 +325,8 @@ def test_clean_tree_passes_every_rule(tmp_path: Path) -> None:
         ("integrations/timm_models.py", "from timm.layers import _private"),
         ("integrations/timm_models.py", "from timm._builder import build"),
         ("integrations/other.py", "import torch"),
+        ("nn/api.py", "def f():\n    from lineara.ops.efficient import triton_kernels"),
+        ("nn/attention.py", "from importlib import import_module\nimport_module('torchvision')"),
         ("cli.py", "import torch"),
         ("cli.py", "from lineara import integrations"),
         ("cli.py", "def main():\n    import benchmarks.cost"),
@@ -354,7 +362,9 @@ def test_import_against_the_table_is_caught(file: str, source: str, tmp_path: Pa
     ],
 )
 def test_forbidden_name_is_caught(file: str, tmp_path: Path) -> None:
-    plant(tmp_path, {"pyproject.toml": '[project.optional-dependencies]\nextra = ["Einops-Parts[all]>=1"]\n'})
+    project = '[project.optional-dependencies]\nextra = ["Einops-Parts[all]>=1"]\n'
+    harmless = {"recipes/timm/vit.yaml": "", "src/lineara/nn/__pycache__/utils.pyc": ""}
+    plant(tmp_path, {"pyproject.toml": project, **harmless})
     assert name_violations(tmp_path) == []
     plant(tmp_path, {file: ""})
     assert len(name_violations(tmp_path)) == 1
@@ -370,7 +380,7 @@ def test_long_file_is_caught(tmp_path: Path) -> None:
 @pytest.mark.parametrize("test_file", [name for name in CLEAN if name.startswith("tests/")])
 def test_missing_or_empty_test_is_caught(test_file: str, tmp_path: Path) -> None:
     plant(tmp_path, CLEAN)
-    (tmp_path / test_file).write_text("import pytest\n")
+    (tmp_path / test_file).write_text("import pytest\ndef helper(): ...\n")
     assert len(missing_tests(tmp_path)) == 1
     (tmp_path / test_file).unlink()
     assert len(missing_tests(tmp_path)) == 1
@@ -438,7 +448,15 @@ def test_incomplete_recipe_header_is_caught(found: str, replaced: str, count: in
     assert len(recipe_violations(tmp_path, tmp_path / recipe)) == count
 
 
-@pytest.mark.parametrize("recipe", ["recipes/pair.yaml", "recipes/sound/pair.yaml", "recipes/stereo_depth/pair.yml"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "recipes/pair.yaml",
+        "recipes/sound/pair.yaml",
+        "recipes/stereo_depth/pair.yml",
+        "recipes/stereo_depth/deep/pair.yaml",
+    ],
+)
 def test_misplaced_recipe_is_caught(recipe: str, tmp_path: Path) -> None:
     plant(tmp_path, CLEAN | {recipe: GOOD_HEADER})
     assert len(recipe_violations(tmp_path, tmp_path / recipe)) == 1
@@ -448,11 +466,12 @@ def test_unknown_keys_are_put_at_every_level() -> None:
     settings = {
         "seed": 1,
         "model": {"class_path": "x", "init_args": {"dim": 2}},
-        "callbacks": [{"init_args": {}}],
+        "trainer": {"max_steps": 3},
     }
     assert list(with_an_unknown_key(settings)) == [
         {**settings, "no_such_key": 1},
         {**settings, "model": {"class_path": "x", "init_args": {"dim": 2, "no_such_key": 1}}},
+        {**settings, "trainer": {"max_steps": 3, "no_such_key": 1}},
     ]
 
 
@@ -496,6 +515,8 @@ def test_wrong_exports_are_caught(tmp_path: Path) -> None:
     assert export_violations(package, ["attend", "later"], defined) == []
     assert len(export_violations(package, ["attend", "merge"], defined)) == 1
     assert len(export_violations(package, [], defined)) == 1
+    package.__dict__["Path"] = Path
+    assert export_violations(package, ["attend"], {"attend"}) == []
     package.__dict__["loose"] = attend
     assert len(export_violations(package, ["attend"], defined)) == 1
     del package.__dict__["loose"]
@@ -571,7 +592,7 @@ def test_unpinned_dependency_is_caught(constraints: str, count: int, tmp_path: P
     ],
 )
 def test_outside_address_or_machine_path_is_caught(file: str, text: str, tmp_path: Path) -> None:
-    (violation,) = address_violations(plant(tmp_path, {file: f"one\n{text}\n", "docs/figure.png": "\0"}))
+    (violation,) = address_violations(plant(tmp_path, {file: f"one\n{text}\n", "docs/figure.png": f"\0{text}"}))
     assert violation.startswith(f"{file}:2")
 
 
@@ -610,8 +631,6 @@ def import_violations(root: Path) -> list[str]:
 def refusal(item: Import, row: Row, path: Path, drawers_of: Mapping[str, set[str]]) -> str | None:
     """Why the file at `path` may not do this import, or None."""
     top = item.module.split(".")[0]
-    if top in NOBODY_IMPORTS:
-        return "nothing in src may import it"
     if top == PACKAGE:
         return refusal_within_package(item, row, path, drawers_of)
     if top in sys.stdlib_module_names:
@@ -700,7 +719,7 @@ def name_violations(root: Path) -> list[str]:
 
 def files_below(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(part == "__pycache__" or part.endswith(".egg-info") for part in path.parts):
+        if path.is_file() and "__pycache__" not in path.parts:
             yield path
 
 
@@ -805,8 +824,9 @@ def recipe_violations(root: Path, recipe: Path) -> list[str]:
     tasks = drawers(root / "src" / PACKAGE)["tasks"]
     if len(where.parts) != 3 or where.parts[1] not in tasks or where.suffix != ".yaml":
         found.append(f"{where.as_posix()}: a recipe is recipes/<task>/<name>.yaml, <task> one of {sorted(tasks)}")
-    comment = re.match(r"(?:#.*\n|\s*\n)*", recipe.read_text())
-    said = labelled(comment.group() if comment else "", RECIPE_LABELS)
+    lines = recipe.read_text().splitlines(keepends=True)
+    header = "".join(takewhile(lambda line: line.startswith("#") or not line.strip(), lines))
+    said = labelled(header, RECIPE_LABELS)
     found += [
         f"{where.as_posix()}: the header does not say {label!r}" for label in RECIPE_LABELS if not said.get(label)
     ]
@@ -884,7 +904,7 @@ def export_violations(package: ModuleType, contract: Iterable[str], defined: set
     loose = {
         key
         for key, value in vars(package).items()
-        if not key.startswith("_") and callable(value) and str(getattr(value, "__module__", "")).startswith(PACKAGE)
+        if not key.startswith("_") and str(getattr(value, "__module__", "")).startswith(PACKAGE)
     }
     return [
         *(f"{name}.{key} is public, but not in the plan" for key in sorted((exported | loose) - contract)),

@@ -116,7 +116,7 @@ class ListOpsData(LightningDataModule):
         """How far into the epoch a checkpoint is, so that a resumed run goes on with the next batch."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return {"batches_done": progress.ready}
+        return {"batches_done": progress.ready % int(self.trainer.num_training_batches)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._batches_done = state_dict["batches_done"]
