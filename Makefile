@@ -6,8 +6,8 @@ RUN := runs/listops_demo
 .PHONY: demo test check clean
 
 demo: $(RUN)/cost.json
-	$(BIN)/lineara fit --config recipes/listops_demo.yaml --ckpt_path last
-	$(BIN)/lineara test --config recipes/listops_demo.yaml
+	$(BIN)/lineara fit --config recipes/long_range_arena/listops_demo.yaml --ckpt_path last
+	$(BIN)/lineara test --config recipes/long_range_arena/listops_demo.yaml
 	$(BIN)/lineara bench show --costs $(RUN)/cost.json
 	@echo "pictures:"
 	@$(BIN)/lineara draw curves --run_dir $(RUN)

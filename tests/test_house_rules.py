@@ -59,6 +59,9 @@ WHICH_WAY_IMPORTS_POINT = (
         rooms="models nn ops",
         never="torchvision.datasets torch.utils.data",
     ),
+    # The parser is the training command's own; a picture's type is matplotlib's.
+    Row(r"tasks/training\.py", "torch lightning jsonargparse yaml", rooms="tasks"),
+    Row(r"tasks/[^/]+/pictures\.py", "torch numpy matplotlib", rooms="tasks models nn ops viz"),
     Row(
         r"tasks/.*",
         f"torch lightning torchmetrics numpy tqdm {DATA_LIBRARIES}",
@@ -414,6 +417,7 @@ def test_need_of_an_optional_library_is_caught(needs: str, tmp_path: Path) -> No
         ("import matplotlib", "matplotlib"),
         ("from . import ops", "lineara.ops"),
         ("import torch.utils.benchmark", "torch.utils"),
+        ("1 / 0", "ZeroDivisionError"),
     ],
 )
 def test_costly_import_is_caught(source: str, brought: str, tmp_path: Path) -> None:

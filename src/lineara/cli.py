@@ -20,9 +20,9 @@ _TRAINING = {
 _EXAMPLES = """\
 examples:
   lineara data listops                                    generate Long Range Arena's ListOps
-  lineara fit --config recipes/listops_efficient.yaml     train
-  lineara fit --config recipes/listops_efficient.yaml --ckpt_path last     go on after an interruption
-  lineara test --config recipes/listops_efficient.yaml    test the best checkpoint
+  lineara fit --config recipes/long_range_arena/listops_efficient.yaml     train
+  lineara fit --config recipes/long_range_arena/listops_efficient.yaml --ckpt_path last     go on after an interruption
+  lineara test --config recipes/long_range_arena/listops_efficient.yaml    test the best checkpoint
   lineara draw maps --checkpoint runs/listops_efficient/checkpoints/best.ckpt
   lineara bench cost                                      time and memory against length
 

@@ -98,7 +98,9 @@ def test_without_qkv_bias_the_output_alone_has_one():
     }
 
 
-@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64), ("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64), ("cpu", torch.bfloat16)]
+)
 def test_weights_are_made_where_and_as_asked(device, dtype):
     layer = Recorder(DIM, HEADS, device=device, dtype=dtype, **SIZES)
     assert {(parameter.device.type, parameter.dtype) for parameter in layer.parameters()} == {(device, dtype)}

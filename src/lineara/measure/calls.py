@@ -1,7 +1,7 @@
 """Time and weigh one call: seconds in this process, memory in a fresh one."""
 
-import ctypes
 import gc
+import os
 import pickle
 import statistics
 import subprocess
@@ -19,6 +19,9 @@ _FRESH_PROCESS = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
     "from lineara.measure.calls import _answer; _answer()"
 )
+# glibc then gives every freed block from this size (bytes) on back to the kernel. Otherwise the freed blocks of the
+# warm-up stay resident and hide what the call takes.
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,10 @@ def peak_memory(make_call: Callable[[], Callable[[], object]], *, device: torch.
 
     On the CPU this is resident memory as the kernel counts it, in a fresh process: `make_call()` builds the inputs
     there (written to, so that they are resident) and warms up what should not count, such as libraries and threads;
-    then the kernel's high-water mark is reset, the call runs once, and the mark is read. On Linux that is exact to
-    about a megabyte. Where the mark cannot be reset (macOS, some containers), the growth of the process's all-time
-    maximum is reported, which misses what fits into the memory that `make_call` has given back. On a CUDA device it is
-    the growth of torch.cuda.max_memory_allocated, in this process.
+    then the kernel's high-water mark is reset, the call runs once, and the mark is read. On Linux with glibc that is
+    what the call allocates and touches, to about half a megabyte. Where the mark cannot be reset (macOS, some
+    containers), the growth of the process's all-time maximum is reported, which misses what fits into the memory that
+    the warm-up has given back. On a CUDA device it is the growth of torch.cuda.max_memory_allocated, in this process.
 
     Args:
         make_call: called without arguments; returns the call to be weighed. For the CPU it must be picklable: a
@@ -93,7 +96,12 @@ def peak_memory(make_call: Callable[[], Callable[[], object]], *, device: torch.
             "make_call must be a function at the top level of a module, or a functools.partial of one, got "
             f"{make_call!r}; move it there"
         ) from error
-    process = subprocess.run([sys.executable, "-c", _FRESH_PROCESS], input=message, capture_output=True)
+    process = subprocess.run(
+        [sys.executable, "-c", _FRESH_PROCESS],
+        input=message,
+        capture_output=True,
+        env=os.environ | _ENVIRONMENT,
+    )
     if process.returncode != 0:
         said = process.stderr.decode(errors="replace").strip().splitlines()
         reason = said[-1] if said else f"it ended with status {process.returncode} and wrote nothing"
@@ -135,21 +143,12 @@ def _answer() -> None:
 
 def _peak_on_cpu(call: Callable[[], object]) -> int:
     gc.collect()
-    _give_back_free_memory()
     resets = _reset_high_water_mark()
     before = _status_bytes("VmRSS") if resets else _all_time_maximum()
     result = call()
     peak = (_status_bytes("VmHWM") if resets else _all_time_maximum()) - before
     del result
     return max(peak, 0)
-
-
-def _give_back_free_memory() -> None:
-    """Ask the C library to, where it can: free memory that stays resident would hide what the call takes."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _reset_high_water_mark() -> bool:

@@ -74,9 +74,9 @@ class SequenceClassification(LightningModule):
             self.parameters(), lr=self.peak_lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0
         )
         total_steps = int(self.trainer.estimated_stepping_batches)
-        if not 0 < self.warmup_steps < total_steps:
+        if not 1 < self.warmup_steps < total_steps:
             raise ValueError(
-                f"warmup_steps must lie between 0 and the run's {total_steps} steps, got {self.warmup_steps}; "
+                f"warmup_steps must lie between 1 and the run's {total_steps} steps, got {self.warmup_steps}; "
                 "set --model.init_args.warmup_steps or --trainer.max_steps"
             )
         schedule = torch.optim.lr_scheduler.OneCycleLR(

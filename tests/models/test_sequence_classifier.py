@@ -1,0 +1,210 @@
+"""The encoder that Long Range Arena compares attention mechanisms in."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lineara.models import SequenceClassifier
+from lineara.nn import EfficientAttention, SoftmaxAttention
+
+VOCAB, CLASSES, MAX_LEN = 11, 5, 23
+ATTENTIONS = pytest.mark.parametrize("attention", [EfficientAttention, SoftmaxAttention])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make(attention=EfficientAttention, **options):
+    """A small network in float64 without dropout."""
+    settings = {"dim": 6, "num_layers": 2, "mlp_dim": 7, "head_dim": 13, "dropout": 0.0, **options}
+    return SequenceClassifier(VOCAB, CLASSES, MAX_LEN, attention=lambda dim: attention(dim, 2), **settings).double()
+
+
+def padded(lengths, width):
+    """Random tokens of so many lengths, and their mask."""
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    return torch.randint(1, VOCAB, mask.shape) * mask, mask
+
+
+# What it computes.
+
+
+@ATTENTIONS
+def test_the_published_setting_has_as_many_weights_as_its_layers_add_up_to(attention):
+    vocab, classes, positions, dim, layers, mlp, head = 16, 10, 2000, 64, 2, 128, 128
+    model = SequenceClassifier(vocab, classes, positions, attention=lambda dim: attention(dim, num_heads=2))
+    projections = 4 * (dim * dim + dim)
+    feed_forward = (dim * mlp + mlp) + (mlp * dim + dim)
+    norm = 2 * dim
+    block = projections + feed_forward + 2 * norm
+    expected = vocab * dim + positions * dim + layers * block + norm + (dim * head + head) + (head * classes + classes)
+    assert expected == 205_706
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    assert [block.attention.num_heads for block in model.blocks] == [2, 2]
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.1}
+    assert [type(module) for module in model.head] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_without_blocks_it_is_the_head_of_the_mean_over_valid_positions():
+    model = make(num_layers=0)
+    tokens, mask = padded([3, 5], 7)
+    state = model.state_dict()
+    x = state["embedding.weight"][tokens] + state["positions"][:7]
+    x = (x - x.mean(dim=2, keepdim=True)) / (x.var(dim=2, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    for rows, given in (((3, 5), mask), ((7, 7), None)):
+        mean = torch.stack([x[i, : rows[i]].mean(dim=0) for i in range(2)])
+        torch.testing.assert_close(model(tokens, mask=given), model.head(mean))
+
+
+def test_blocks_come_one_after_the_other_and_are_told_the_mask():
+    class Add(nn.Module):
+        def __init__(self, number):
+            super().__init__()
+            self.number = number
+
+        def forward(self, x, *, key_mask):
+            masks.append(key_mask)
+            return x * self.number + 1.0
+
+    model, masks = make(), []
+    model.blocks[0], model.blocks[1] = Add(2.0), Add(3.0)
+    seen = []
+    model.norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    tokens, mask = padded([3, 5], 7)
+    model(tokens, mask=mask)
+    embedded = model.embedding.weight[tokens] + model.positions[:7]
+    torch.testing.assert_close(seen[0], (embedded * 2 + 1) * 3 + 1)
+    assert all(given is mask for given in masks)
+    assert len(masks) == 2
+
+
+def test_attention_is_made_by_the_callable_once_per_block():
+    widths = []
+
+    def attention(dim):
+        widths.append(dim)
+        return EfficientAttention(dim, num_heads=3, normalization="scaling")
+
+    model = SequenceClassifier(VOCAB, CLASSES, MAX_LEN, attention=attention, dim=6, num_layers=3)
+    assert widths == [6, 6, 6]
+    assert [block.attention.normalization for block in model.blocks] == ["scaling"] * 3
+    assert len({id(block.attention) for block in model.blocks}) == 3
+    assert type(SequenceClassifier(VOCAB, CLASSES, MAX_LEN).blocks[0].attention) is EfficientAttention
+
+
+def test_padding_is_embedded_as_zero_and_stays_so():
+    model = make()
+    assert torch.equal(model.embedding.weight[0], torch.zeros(6, dtype=torch.float64))
+    assert model.embedding.weight[1:].std().item() == pytest.approx(0.02, rel=0.3)
+    assert model.positions.std().item() == pytest.approx(0.02, rel=0.3)
+    tokens, mask = padded([3, 5], 7)
+    model(tokens, mask=mask).square().sum().backward()
+    assert torch.equal(model.embedding.weight.grad[0], torch.zeros(6, dtype=torch.float64))
+    assert model.embedding.weight.grad[tokens[0, 0]].abs().max() > 0
+
+
+def test_dropout_acts_on_the_embedding_while_training_only():
+    model = make(num_layers=0, dropout=1.0)
+    tokens, mask = padded([3, 5], 7)
+    nothing = model.head(torch.zeros(2, 6, dtype=torch.float64))  # norm(0) = 0
+    torch.testing.assert_close(model(tokens, mask=mask), nothing)
+    assert not torch.allclose(model.eval()(tokens, mask=mask), nothing)
+
+
+# What does not matter.
+
+
+@ATTENTIONS
+def test_more_padding_changes_nothing(attention):
+    model = make(attention)
+    tokens, mask = padded([3, 11], 11)
+    more = nn.functional.pad(tokens, (0, 12)), nn.functional.pad(mask, (0, 12))
+    torch.testing.assert_close(model(more[0], mask=more[1]), model(tokens, mask=mask))
+
+
+@ATTENTIONS
+def test_what_padding_holds_changes_nothing(attention):
+    model = make(attention)
+    tokens, mask = padded([3, 11], 13)
+    other = torch.where(mask, tokens, 7)
+    torch.testing.assert_close(model(other, mask=mask), model(tokens, mask=mask))
+
+
+@ATTENTIONS
+def test_items_of_a_batch_do_not_see_each_other(attention):
+    model = make(attention)
+    tokens, mask = padded([3, 7, 11], 11)
+    together = model(tokens, mask=mask)
+    for index, length in enumerate((3, 7, 11)):
+        torch.testing.assert_close(together[index, None], model(tokens[index, None, :length]))
+
+
+@ATTENTIONS
+def test_the_order_of_tokens_does_matter(attention):
+    model = make(attention)
+    tokens, _ = padded([11], 11)
+    assert not torch.allclose(model(tokens.flip(1)), model(tokens))
+
+
+def test_an_item_of_padding_alone_gives_finite_logits_and_gradients():
+    model = make()
+    tokens, mask = padded([3, 0], 7)
+    logits = model(tokens, mask=mask)
+    logits.square().sum().backward()
+    assert logits.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+# That it learns, and can be kept.
+
+
+@ATTENTIONS
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+def test_it_learns_a_few_sequences_by_heart(attention, normalization):
+    model = make(lambda dim, heads: attention(dim, heads, normalization=normalization)).float()
+    tokens, mask = padded([3, 5, 7, 11, 13, 17, 19, 23], 23)
+    labels = torch.arange(8) % CLASSES
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = cross_entropy(model(tokens, mask=mask), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 1.2
+    assert losses[-1] < 0.4 * losses[0]
+
+
+@ATTENTIONS
+def test_a_state_dict_rebuilds_the_network(attention, tmp_path):
+    model = make(attention)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    other = make(attention)
+    tokens, mask = padded([3, 11], 11)
+    assert not torch.allclose(other(tokens, mask=mask), model(tokens, mask=mask))
+    other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True), strict=True)
+    assert torch.equal(other(tokens, mask=mask), model(tokens, mask=mask))
+
+
+# Wrong calls.
+
+
+@pytest.mark.parametrize("shape", [(2, 24), (7,), (2, 3, 5)])
+def test_tokens_of_another_shape_or_too_many_are_refused(shape):
+    got = rf"got \({', '.join(map(str, shape))},?\)$"
+    sentence = rf"^tokens must have the shape \(batch, positions\) with at most max_len=23 positions, {got}"
+    with pytest.raises(ValueError, match=sentence):
+        make()(torch.ones(shape, dtype=torch.int64))
+    assert make()(torch.ones(2, 23, dtype=torch.int64)).shape == (2, 5)
+
+
+def test_a_wrong_mask_is_refused():
+    tokens, mask = padded([3, 5], 7)
+    with pytest.raises(ValueError, match=r"mask must have the shape .*\(2, 7\), got \(2, 5\)"):
+        make()(tokens, mask=mask[:, :5])
+    with pytest.raises(TypeError, match=r"mask must be boolean .* got torch\.int64"):
+        make()(tokens, mask=mask.long())

@@ -1,0 +1,108 @@
+"""Files written whole or not at all."""
+
+import os
+import re
+import stat
+
+import pytest
+
+from lineara.tasks.files import write_text, written_whole
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fail_half_way(path, error):
+    with written_whole(path) as temporary:
+        temporary.write_text("half of the text")
+        raise error("half way")
+
+
+def test_a_file_appears_when_the_block_ends_and_not_before(tmp_path):
+    path = tmp_path / "new" / "folder" / "notes.txt"
+    with written_whole(path) as temporary:
+        assert temporary.parent == path.parent
+        assert temporary.suffix == ".txt"  # what writes by the file's name picks the right format
+        temporary.write_text("first half, ")
+        assert not path.exists()
+        with temporary.open("a") as file:
+            file.write("second half")
+    assert path.read_text() == "first half, second half"
+    assert names(path.parent) == ["notes.txt"]
+
+
+def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("old")
+    with written_whole(str(path)) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["notes.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "notes.txt"
+    path.write_text("old")
+    with pytest.raises(error, match="half way"):
+        fail_half_way(path, error)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["notes.txt"]
+
+
+def test_an_exception_leaves_no_file_where_there_was_none(tmp_path):
+    with pytest.raises(ValueError, match="half way"):
+        fail_half_way(tmp_path / "notes.txt", ValueError)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_it_can_be_read_by_everybody_and_written_by_its_owner(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "notes.txt", "text")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "notes.txt").stat().st_mode) == 0o644
+
+
+def test_two_writers_do_not_write_into_one_another(tmp_path):
+    path = tmp_path / "notes.txt"
+    with written_whole(path) as first, written_whole(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"  # the outer block ends last
+    assert names(tmp_path) == ["notes.txt"]
+
+
+def test_text_is_utf_8(tmp_path):
+    write_text(tmp_path / "notes.txt", "π ≠ ∂é\n")
+    assert (tmp_path / "notes.txt").read_bytes() == "π ≠ ∂é\n".encode()
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    path = tmp_path / "file" / "notes.txt"
+    with pytest.raises(
+        OSError, match=f"^{re.escape(str(path))} must be writable, got .*; make room or choose another folder$"
+    ):
+        write_text(path, "text")
+    assert (tmp_path / "file").read_text() == "no folder"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_without_permission_is_named(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    path = tmp_path / "locked" / "notes.txt"
+    with pytest.raises(PermissionError, match=f"^{re.escape(str(path))} must be writable, got Permission denied; "):
+        write_text(path, "text")
+
+
+def test_a_folder_in_the_files_place_is_named_and_stays(tmp_path):
+    (tmp_path / "notes.txt").mkdir()
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'notes.txt'}")):
+        write_text(tmp_path / "notes.txt", "text")
+    assert names(tmp_path) == ["notes.txt"]
