@@ -8,7 +8,7 @@ RUN := runs/listops_demo
 demo: $(RUN)/cost.json
 	$(BIN)/lineara fit --config recipes/long_range_arena/listops_demo.yaml --ckpt_path last
 	$(BIN)/lineara test --config recipes/long_range_arena/listops_demo.yaml
-	$(BIN)/lineara bench show --costs $(RUN)/cost.json
+	@cat $(RUN)/cost.md
 	@echo "pictures:"
 	@$(BIN)/lineara draw curves --run_dir $(RUN)
 	@$(BIN)/lineara draw maps --checkpoint $(RUN)/checkpoints/best.ckpt
@@ -26,7 +26,7 @@ clean:
 	rm -rf .venv data/listops runs/listops_demo
 
 $(RUN)/cost.json: .venv/installed
-	$(BIN)/lineara bench cost --positions 256 1024 4096 16384 --limit_seconds 20 --output $@
+	$(BIN)/lineara bench cost --positions 256 1024 4096 16384 --limit_seconds 5 --output $@
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "lineara needs Python 3.11 or newer, got %d.%d; name one by: make PYTHON=python3.11" % v[:2])'

@@ -206,7 +206,9 @@ def _bench_cost(options: Namespace) -> None:
         for positions in sorted(options.positions)
     ]
     costs = measure_costs(cases, limit_seconds=options.limit_seconds, progress=_progress)
-    print(cost_table(costs))
+    table = cost_table(costs)
+    print(table)
+    write_text(options.output.with_suffix(".md"), table + "\n")
     write_text(options.output, json.dumps([cost.as_row() for cost in costs], indent=1) + "\n")
     print(options.output)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +19,15 @@ from torch.nn.functional import cross_entropy
 from lineara.tasks.long_range_arena import SequenceClassification
 from lineara.tasks.training import TrainingCommand, load_run
 
-# Advice that `lineara fit` silences too, and two remarks about resumed runs, which do go on with the next batch.
+# Advice that `lineara fit` silences too, two remarks about resumed runs, which do go on with the next batch, and what
+# Lightning's command line still calls of jsonargparse.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),
     pytest.mark.filterwarnings("ignore:.*lr_scheduler.step"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.filterwarnings(r"ignore:\s*(By default only one Jsonargparse|.* was deprecated in v4)"),
 ]
 
 # 10 batches make an epoch: the run ends within its third one.
@@ -101,19 +104,19 @@ def run(subcommand, recipe, run_dir, *words):
     return TrainingCommand([subcommand, "--config", str(recipe), "--run_dir", str(run_dir), *words])
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """What ends a run early in these tests."""
 
 
 @contextmanager
 def recorded(stop_after=None):
-    """The epoch, tokens and labels of every training batch; `Stopped` in place of the batch after so many."""
+    """The epoch, tokens and labels of every training batch; `StoppedError` in place of the batch after so many."""
     batches = []
     step = SequenceClassification.training_step
 
     def training_step(self, batch, batch_index):
         if len(batches) == stop_after:
-            raise Stopped
+            raise StoppedError
         batches.append((self.current_epoch, batch["tokens"].tolist(), batch["label"].tolist()))
         return step(self, batch, batch_index)
 
@@ -250,7 +253,7 @@ TWICE_PER_EPOCH = ["--trainer.val_check_interval", "0.5", "--trainer.check_val_e
     ids=str,
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(finished, recipe, tmp_path, words, stop_after, checkpoint):
-    with recorded(stop_after) as before, pytest.raises(Stopped):
+    with recorded(stop_after) as before, pytest.raises(StoppedError):
         run("fit", recipe, tmp_path, *words)
     assert before == finished.batches[:stop_after]
     assert last_of(tmp_path)["global_step"] == checkpoint
@@ -293,7 +296,7 @@ sys.exit(main())
 
 def test_a_resumed_run_remembers_its_best_checkpoint(recipe, tmp_path):
     words = ["--model.init_args.peak_lr", "1e-12"]  # nothing is learned: the first is the best
-    with recorded(13), pytest.raises(Stopped):
+    with recorded(13), pytest.raises(StoppedError):
         run("fit", recipe, tmp_path, *words)
     best = (tmp_path / "checkpoints/best.ckpt").read_bytes()
     run("fit", recipe, tmp_path, "--ckpt_path", "last", *words)
@@ -417,11 +420,9 @@ def one_tensor(good, path):
 def test_what_is_no_checkpoint_is_refused_in_one_sentence_and_runs_nothing(finished, recipe, tmp_path, spoil, use):
     path, run_dir = tmp_path / "given.ckpt", tmp_path / "run"
     sentence = spoil(finished.run_dir / "checkpoints/best.ckpt", path)
+    command = load_run if use == "load_run" else partial(run, use, recipe, run_dir, "--ckpt_path")
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        if use == "load_run":
-            load_run(path)
-        else:
-            run(use, recipe, run_dir, "--ckpt_path", str(path))
+        command(str(path))
     assert str(error.value) == f"{path} {sentence}"
     assert {entry.name for entry in tmp_path.iterdir()} <= {"given.ckpt"}
 

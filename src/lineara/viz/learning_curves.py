@@ -1,7 +1,7 @@
 """Loss and accuracy of a training run over its steps, from the files that the run writes."""
 
 import csv
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ _Points = dict[str, dict[int, float]]  # metric -> step -> value
 _TRAINING, _VALIDATION, _TRIVIAL = "#E69F00", "#0072B2", "#444444"
 _TRIVIAL_PREFIX = "val/accuracy_of_"
 # Training values are averaged over this share of the run.
-_SMOOTHED_SHARE = 0.05
+_SMOOTHED_SHARE = 0.1
 
 
 def read_metrics(run_dir: Path | str) -> dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
@@ -54,7 +54,7 @@ def read_metrics(run_dir: Path | str) -> dict[str, tuple[npt.NDArray[np.int64], 
 def learning_curves(metrics: Metrics, *, title: str = "") -> Figure:
     """Draw loss and accuracy against the optimiser's steps.
 
-    Training values are drawn faintly, and boldly their mean over a twentieth of the run; validation values have a mark
+    Training values are drawn faintly, and boldly their mean over a tenth of the run; validation values have a mark
     each, and the best one is named. Dashed lines are the accuracies of trivial answers, which need no attention.
 
     Args:
@@ -73,12 +73,20 @@ def learning_curves(metrics: Metrics, *, title: str = "") -> Figure:
     figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=13)
-    for name, best, axes in zip(("loss", "accuracy"), (np.nanargmin, np.nanargmax), figure.subplots(1, 2)):
-        _draw_training(axes, metrics, f"train/{name}")
-        _draw_validation(axes, metrics, f"val/{name}", best)
-        if name == "accuracy":
-            _draw_trivial_answers(axes, metrics)
-        _finish(axes, name)
+    loss, accuracy = figure.subplots(1, 2)
+    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+        if f"train/{name}" in metrics:
+            _draw_training(axes, *metrics[f"train/{name}"])
+        if f"val/{name}" in metrics:
+            _draw_validation(axes, *metrics[f"val/{name}"], best_is_highest=name == "accuracy")
+        axes.set_xlabel("optimiser step", fontsize=11)
+        axes.set_title(name, fontsize=12)
+        axes.grid(color="#DDDDDD", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    _draw_trivial_answers(accuracy, metrics)
+    for axes in (loss, accuracy):
+        if axes.lines:
+            axes.legend(fontsize=10, framealpha=0.85, edgecolor="none")
     return figure
 
 
@@ -98,15 +106,60 @@ def _read_csv(path: Path) -> _Points:
             if len(cells) != len(names):
                 raise ValueError(f"{where}: must have {len(names)} cells, got {len(cells)}; correct or remove the line")
             row = dict(zip(names, cells))
-            step = _number(row["step"], int, f"{where}, step")
-            for name in points:
-                if row[name]:
-                    points[name][step] = _number(row[name], float, f"{where}, {name}")
+            try:
+                step = int(row["step"])
+                for name in points:
+                    if row[name]:
+                        points[name][step] = float(row[name])
+            except ValueError:
+                raise ValueError(
+                    f"{where}: cells must be numbers or empty, got {','.join(cells)!r}; correct or remove the line"
+                ) from None
     return points
 
 
-def _number[T: (int, float)](text: str, kind: Callable[[str], T], where: str) -> T:
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{where}: must be a number, got {text!r}; correct or remove the line") from None
+def _as_arrays(points: dict[int, float]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    steps = sorted(points)
+    return np.array(steps, dtype=np.int64), np.array([points[step] for step in steps], dtype=np.float64)
+
+
+def _draw_training(axes: Axes, steps: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> None:
+    axes.plot(steps, values, color=_TRAINING, alpha=0.35, linewidth=0.9)
+    axes.plot(steps, _smoothed(values), color=_TRAINING, linewidth=2, label="training, averaged")
+
+
+def _draw_validation(
+    axes: Axes, steps: npt.NDArray[np.int64], values: npt.NDArray[np.float64], *, best_is_highest: bool
+) -> None:
+    label = "validation"
+    if np.isfinite(values).any():
+        best = int(np.nanargmax(values) if best_is_highest else np.nanargmin(values))
+        label += f", best {values[best]:.3f} at step {steps[best]:,}"
+    axes.plot(steps, values, color=_VALIDATION, linewidth=2, marker="o", markersize=4.5, label=label)
+
+
+def _draw_trivial_answers(axes: Axes, metrics: Metrics) -> None:
+    """A dashed line each, with its name beside it, right of the panel."""
+    for name, (_, values) in metrics.items():
+        if name.startswith(_TRIVIAL_PREFIX):
+            answer = name.removeprefix(_TRIVIAL_PREFIX).replace("_", " ")
+            axes.axhline(values[-1], color=_TRIVIAL, linewidth=1.2, linestyle="--")
+            axes.annotate(
+                f"{answer}\nalone: {values[-1]:.3f}",
+                (1, values[-1]),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                verticalalignment="center",
+                fontsize=10,
+                color=_TRIVIAL,
+            )
+
+
+def _smoothed(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The centred mean over `_SMOOTHED_SHARE` of the values; over fewer where the window reaches beyond an end."""
+    reach = int(len(values) * _SMOOTHED_SHARE / 2)
+    window = np.ones(2 * reach + 1)
+    # Not mode="same", whose length is the window's where that is the longer one.
+    total, count = (np.convolve(x, window)[reach : reach + len(values)] for x in (values, np.ones_like(values)))
+    return total / count
