@@ -148,7 +148,12 @@ def _train(arguments: list[str]) -> None:
 
     # Advice to Lightning's developers and users that does not concern a user of lineara.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*lr_scheduler.step.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*dataloader is not resumable.*",
+        ".*LeafSpec.*",
+        ".*lr_scheduler.step.*",
+    ):
         warnings.filterwarnings("ignore", message)
     TrainingCommand(arguments)
 
@@ -177,8 +182,9 @@ def _draw_curves(options: Namespace) -> None:
 
 
 def _draw_maps(options: Namespace) -> None:
-    from lineara.tasks.long_range_arena import ListOpsData, SequenceClassification
+    from lineara.tasks.long_range_arena.data import ListOpsData
     from lineara.tasks.long_range_arena.pictures import expression_maps
+    from lineara.tasks.long_range_arena.task import SequenceClassification
     from lineara.tasks.training import load_run
 
     task, data = load_run(options.checkpoint)

@@ -44,7 +44,7 @@ seed_everything: 0
 model:
   class_path: lineara.tasks.long_range_arena.SequenceClassification
   init_args:
-    peak_lr: 1.0e-2
+    peak_lr: 1.0e-1
     warmup_steps: 3
     network:
       class_path: lineara.models.SequenceClassifier
@@ -340,8 +340,8 @@ def test_testing_leaves_the_run_as_it_is(finished, recipe):
     assert contents(finished.run_dir) == before
 
 
-def test_predict_writes_what_the_best_checkpoint_answers(finished, recipe, tmp_path):
-    run_dir = shutil.copytree(finished.run_dir, tmp_path / "run")
+def test_predict_writes_what_the_best_checkpoint_answers(finished, recipe):
+    run_dir = finished.run_dir
     run("predict", recipe, run_dir)
     with (run_dir / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -359,8 +359,8 @@ def test_a_checkpoint_alone_rebuilds_its_network_and_its_data(finished, tmp_path
     assert not any(module.training for module in task.modules())
     assert_same_weights(task.state_dict(), read(checkpoint)["state_dict"])
     assert task.network.blocks[0].attention.num_heads == 2
-    assert (task.peak_lr, task.warmup_steps) == (1e-2, 3)
-    assert (data.batch_size, data.sizes) == (20, {"num_train": 200, "num_val": 40, "num_test": 40})
+    assert (task.peak_lr, task.warmup_steps) == (1e-1, 3)
+    assert (data.batch_size, data.num_train, data.num_val, data.num_test) == (20, 200, 40, 40)
     assert [path.name for path in tmp_path.iterdir()] == ["alone.ckpt"]
 
 

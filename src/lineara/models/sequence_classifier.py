@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lineara.nn import EfficientAttention, EncoderBlock
+from lineara.nn import EncoderBlock
 
 
 class SequenceClassifier(nn.Module):
@@ -43,7 +43,7 @@ class SequenceClassifier(nn.Module):
         num_classes: int,
         max_len: int,
         *,
-        attention: Callable[[int], nn.Module] = EfficientAttention,
+        attention: Callable[[int], nn.Module],
         dim: int = 64,
         num_layers: int = 2,
         mlp_dim: int = 128,

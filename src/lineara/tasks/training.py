@@ -2,7 +2,7 @@
 
 A run folder holds
 
-    checkpoints/best.ckpt, last.ckpt    each with the recipe it was trained by
+    checkpoints/best.ckpt, last.ckpt    by the validation score, and of the last validation; with the recipe inside
     metrics/version_<n>/metrics.csv     every logged number, one version per start of the run
     tensorboard/version_<n>/            the same for TensorBoard
     config.yaml                         the recipe of the last start, with every default filled in
@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lineara.tasks.files import write_text
 
 _RECIPE = "lineara_recipe"
+_RANDOM_STATE = "lineara_random_state"
 
 
 class TrainingCommand(LightningCLI):
@@ -61,7 +62,6 @@ class TrainingCommand(LightningCLI):
                 "checkpoint.monitor": "val/accuracy",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
             }
         )
@@ -74,7 +74,10 @@ class TrainingCommand(LightningCLI):
             raise ValueError(_complaint(str(error))) from error
         if subcommand := self.config.get("subcommand"):
             config = self.config[subcommand]
-            config.ckpt_path = _choose_checkpoint(subcommand, Path(config.run_dir), config.ckpt_path)
+            checkpoint = _choose_checkpoint(subcommand, Path(config.run_dir), config.ckpt_path)
+            if checkpoint is not None:
+                _check_network(self._recipe(subcommand), checkpoint)
+            config.ckpt_path = None if checkpoint is None else str(checkpoint)
 
     def instantiate_classes(self) -> None:
         if self._instantiate:
@@ -91,23 +94,30 @@ class TrainingCommand(LightningCLI):
                 TensorBoardLogger(run_dir, name="tensorboard"),
             ]
         trainer = super().instantiate_trainer(**kwargs)
-        if self.subcommand == "fit":
-            trainer.callbacks += [_KeepRecipe(self._recipe())]  # type: ignore[attr-defined]
+        if self.subcommand == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # Two files, because with `save_last` Lightning writes the last one only when it writes a new best one.
+            last = ModelCheckpoint(_checkpoint_folder(str(run_dir)), "last", enable_version_counter=False)
+            trainer.callbacks += [_KeepRun(self._recipe("fit")), last]  # type: ignore[attr-defined]
         return trainer
 
-    def _recipe(self) -> str:
+    def _recipe(self, subcommand: str) -> str:
         """The configuration of the run, without what belongs to this start of it."""
-        config = self.config["fit"].clone()
-        for name in ("config", *self._subcommand_method_arguments["fit"]):
+        config = self.config[subcommand].clone()
+        for name in ("config", *self._subcommand_method_arguments[subcommand]):
             config.pop(name, None)
-        return self._parser("fit").dump(config, skip_validation=True)
+        return self._parser(subcommand).dump(config, skip_none=False, skip_validation=True)
 
 
-class _KeepRecipe(Callback):
-    """Writes the recipe beside the checkpoints and into them, so that a checkpoint alone rebuilds its network."""
+class _KeepRun(Callback):
+    """Keeps with the checkpoints what Lightning's own do not hold.
+
+    That is the recipe, so that a checkpoint alone rebuilds its network, and the state of torch's random numbers, so
+    that a resumed run on the CPU goes on as if it had never stopped.
+    """
 
     def __init__(self, recipe: str) -> None:
         self.recipe = recipe
+        self._random_state: torch.Tensor | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
@@ -115,6 +125,14 @@ class _KeepRecipe(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[_RECIPE] = self.recipe
+        checkpoint[_RANDOM_STATE] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._random_state = checkpoint[_RANDOM_STATE].cpu()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state)
 
 
 def load_run(checkpoint: Path | str) -> tuple[LightningModule, LightningDataModule]:
@@ -134,7 +152,20 @@ def _complaint(message: str) -> str:
     return f"{classes[-1]}: {complaint}" if classes and "Errors:" in message else complaint
 
 
-def _choose_checkpoint(subcommand: str, run_dir: Path, given: str | None) -> str | None:
+def _check_network(recipe: str, checkpoint: Path) -> None:
+    """Raise unless the recipe's network is the checkpoint's: attention layers of different kinds share weight names."""
+    networks = [
+        yaml.safe_load(text)["model"]["init_args"].get("network")
+        for text in (recipe, _read_checkpoint(checkpoint)[_RECIPE])
+    ]
+    if networks[0] != networks[1]:
+        raise ValueError(
+            f"the recipe must describe the network of {checkpoint}, got {networks[0]} but the checkpoint has "
+            f"{networks[1]}; use the config.yaml of the checkpoint's run"
+        )
+
+
+def _choose_checkpoint(subcommand: str, run_dir: Path, given: str | None) -> Path | None:
     folder = run_dir / "checkpoints"
     last = folder / "last.ckpt"
     if subcommand == "fit" and given is None:
@@ -148,7 +179,7 @@ def _choose_checkpoint(subcommand: str, run_dir: Path, given: str | None) -> str
         return None
     path = {None: folder / "best.ckpt", "best": folder / "best.ckpt", "last": last}.get(given) or Path(str(given))
     _read_checkpoint(path)
-    return str(path)
+    return path
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

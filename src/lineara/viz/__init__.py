@@ -1,4 +1,4 @@
-"""Figures from tensors and results: every drawing function returns a `matplotlib.figure.Figure`, the caller saves it."""
+"""Figures from tensors and results: drawing functions return a `matplotlib.figure.Figure`, callers save it."""
 
 from lineara.viz.attention_maps import global_maps, map_grid, token_maps
 from lineara.viz.cost_curves import cost_curves

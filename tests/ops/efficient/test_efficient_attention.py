@@ -1,5 +1,7 @@
 """Efficient attention: what it means, and that every implementation means it."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -298,7 +300,39 @@ def test_a_million_positions_in_half_precision(impl, dtype, allowed):
     assert (given - exact).norm() <= allowed * exact.norm()
 
 
+@IMPLEMENTATIONS
+@BOTH
+def test_autocast_does_not_touch_the_products(impl, normalization, with_gradients, small_blocks):
+    inputs = tensors(dtype=torch.float32)
+    grad_output = torch.randn(2, 3, 7, 11)
+
+    def call(*inputs, autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return efficient_attention(*inputs, normalization=normalization, impl=impl)
+
+    expected = with_gradients(partial(call, autocast=False), inputs, grad_output)
+    given = with_gradients(partial(call, autocast=True), inputs, grad_output)
+    for one, other in zip(given, expected):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 # Bad input.
+
+
+# torch's own forward mode calls what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_mode_differentiation_is_the_references_and_refused_by_blocks(only_blocks):
+    query, key, value = tensors()
+    tangent = torch.randn_like(key)
+
+    def by_impl(impl):
+        return torch.func.jvp(lambda key: efficient_attention(query, key, value, impl=impl), (key,), (tangent,))[1]
+
+    step = 1e-6
+    ahead, behind = (efficient_attention(query, key + sign * step * tangent, value) for sign in (1, -1))
+    torch.testing.assert_close(by_impl("reference"), (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match="impl must be 'reference' under forward-mode differentiation"):
+        by_impl("streaming")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
 """The public door of efficient attention: signatures, meaning and checks; `dispatch` picks what runs."""
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lineara.ops.checks import (
     check_choice,
@@ -42,8 +46,8 @@ def efficient_attention(
         key: (batch, heads, key positions, key channels), of the same dtype.
         value: (batch, heads, key positions, value channels), of the same dtype.
         normalization: `"softmax"` or `"scaling"`.
-        scale: multiplies both query and key. The authors name (key channels) ** -0.25 as the way to mimic scaled
-            dot-product attention.
+        scale: multiplies both query and key. (key channels) ** -0.25 mimics scaled dot-product attention, as the first
+            author confirms in the tracker of the published module.
         key_mask: boolean (batch, key positions), True = takes part. What a masked position holds, NaN and inf
             included, reaches neither the output nor a gradient. An item without a valid position gives zeros.
         impl: `"auto"`, `"reference"` or `"streaming"`: the means, never the mathematics.
@@ -71,8 +75,12 @@ def efficient_attention(
     check_choice("normalization", normalization, NORMALIZATIONS)
     implementation = choose_implementation("efficient_attention", impl, query)
     if implementation == "streaming" and not fits_one_block(query, key, value):
+        _check_forward_mode(query, key, value)
         return operators.efficient_attention(query, key, value, key_mask, normalization, float(scale))[0]
-    return reference.efficient_attention(query, key, value, normalization=normalization, scale=scale, key_mask=key_mask)
+    with _without_autocast(query):
+        return reference.efficient_attention(
+            query, key, value, normalization=normalization, scale=scale, key_mask=key_mask
+        )
 
 
 def summarize_context(
@@ -116,11 +124,13 @@ def summarize_context(
     check_key_mask(key_mask, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
     if choose_implementation("efficient_attention", impl, key) == "streaming":
-        maximum, total, weighted_sum = operators.summarize_context(
-            key, value, key_mask, normalization, float(scale)
-        )
+        _check_forward_mode(key, value)
+        maximum, total, weighted_sum = operators.summarize_context(key, value, key_mask, normalization, float(scale))
         return ContextSummary(maximum, total, weighted_sum, normalization, float(scale))
-    return reference.summarize_context(key, value, normalization=normalization, scale=float(scale), key_mask=key_mask)
+    with _without_autocast(key):
+        return reference.summarize_context(
+            key, value, normalization=normalization, scale=float(scale), key_mask=key_mask
+        )
 
 
 def merge_contexts(first: ContextSummary, *others: ContextSummary) -> ContextSummary:
@@ -204,8 +214,26 @@ def attend_context(query: Tensor, context: ContextSummary, *, impl: str = "auto"
             "move one of them"
         )
     if choose_implementation("efficient_attention", impl, query) == "streaming":
+        _check_forward_mode(query, context.weighted_sum)
         return operators.attend_context(query, context_matrix(context), context.normalization, context.scale)
-    return reference.attend_context(query, context)
+    with _without_autocast(query):
+        return reference.attend_context(query, context)
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """The products keep the precision of the inputs, as their docstrings say; inputs come cast already."""
+    device_type = tensor.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def _check_forward_mode(*tensors: Tensor) -> None:
+    """Raise for forward-mode differentiation, which the operators would answer by zeros."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):  # pyright: ignore[reportUnknownMemberType] - torch types it in part
+        raise ValueError("impl must be 'reference' under forward-mode differentiation, got 'streaming'")
 
 
 def _check_summary(context: ContextSummary) -> None:

@@ -46,16 +46,14 @@ def summarize(
         k = key_buffer.load(k, scale, hide, -torch.inf if softmax else 0.0)  # (R, n, K)
         v = value_buffer.load(v, 1.0, hide, 0.0)  # (R, n, V)
         if softmax:
-            k, block_maximum, block_total = _softmax_block(k, key_buffer)
-            new_maximum = torch.maximum(m, block_maximum)  # (R, K)
+            new_maximum = torch.maximum(m, k.amax(dim=1))  # (R, K)
             shift = finite_shift(new_maximum)
+            k = torch.sub(k, shift[:, None], out=key_buffer.fit(k)).exp_()
             kept = (m - shift).exp_()
-            added = (block_maximum - shift).exp_().mul_(block_total)
-            s.mul_(kept).add_(added)
-            S.mul_(kept[:, :, None]).add_(torch.bmm(k.mT, v).mul_(added[:, :, None]))
+            s.mul_(kept).add_(k.sum(dim=1))
+            S.mul_(kept[:, :, None])
             m.copy_(new_maximum)
-        else:
-            S.baddbmm_(k.mT, v)
+        S.baddbmm_(k.mT, v)
     return maximum, total, weighted_sum
 
 
@@ -87,9 +85,7 @@ def summarize_backward(
         k = key_buffer.load(k, scale, hide, -torch.inf if softmax else 0.0)  # (R, n, K)
         v = value_buffer.load(v, 1.0, hide, 0.0)  # (R, n, V)
         if softmax:
-            k, block_maximum, block_total = _softmax_block(k, key_buffer)
-            factor = (block_maximum - m).exp_().mul_(block_total)  # (R, K)
-            ds, dS = ds * factor, dS * factor[:, :, None]
+            k = torch.sub(k, m[:, None], out=key_buffer.fit(k)).exp_()
         with grad_value_buffer.storing(dv) as product:
             torch.bmm(k, dS, out=product)
         with grad_key_buffer.storing(dk) as product:
@@ -135,19 +131,6 @@ def attend_backward(
             if scale != 1.0:
                 product.mul_(scale)
     return grad_query, grad_context
-
-
-def _softmax_block(key: Tensor, buffer: "_Buffer") -> tuple[Tensor, Tensor, Tensor]:
-    """P, m and s with exp(key - m) = s P for the positions of one block: (R, n, K), (R, K), (R, K).
-
-    torch's fused softmax is much faster than torch.exp on CPU, and its largest weight is exp(0) / s.
-    """
-    maximum = key.amax(dim=1)
-    weights = torch.softmax(key, dim=1, out=buffer.fit(key))
-    empty = maximum == -torch.inf
-    if empty.any():
-        weights.masked_fill_(empty[:, None], 0.0)
-    return weights, maximum, weights.amax(dim=1).reciprocal_().masked_fill_(empty, 0.0)
 
 
 def _query_weights(query: Tensor, buffer: "_Buffer", normalization: str, scale: float) -> Tensor:

@@ -6,7 +6,7 @@ __all__ = ["ListOpsData", "SequenceClassification"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the classes when they are first used: the generator's processes need neither torch nor Lightning."""
+    """Import the classes when they are first used: the generator needs neither torch nor Lightning."""
     if name == "ListOpsData":
         from lineara.tasks.long_range_arena.data import ListOpsData
 

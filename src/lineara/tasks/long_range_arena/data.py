@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from lineara.tasks.long_range_arena.listops import ListOpsExamples, ListOpsGrammar
 from lineara.tasks.long_range_arena.listops_files import (
@@ -102,7 +102,9 @@ class ListOpsData(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self._loader("predict")
+        # In the order of the file, not of length.
+        examples = self._splits["predict"]
+        return self._batches("predict", BatchSampler(range(len(examples)), self.batch_size, drop_last=False))
 
     def split(self, name: str) -> ListOpsExamples:
         """The examples of "train", "val", "test" or "predict", once `setup` has read them."""
@@ -137,8 +139,14 @@ class ListOpsData(LightningDataModule):
         sampler = LengthBucketSampler(
             examples.lengths, self.batch_size, shuffle=shuffle, seed=self.generator_seed, start=start
         )
-        # The sampler yields whole batches, and the data set pads them: nothing is left for workers to do.
-        return DataLoader(SequenceBatches(examples), sampler=sampler, batch_size=None)
+        return self._batches(split, sampler)
+
+    def _batches(self, split: str, sampler: Sampler[list[int]]) -> DataLoader[Any]:
+        # The sampler yields whole batches, and the data set pads them: nothing is left for workers to do. A generator
+        # of its own keeps the loader from drawing on the random numbers of the training.
+        return DataLoader(
+            SequenceBatches(self._splits[split]), sampler=sampler, batch_size=None, generator=torch.Generator()
+        )
 
 
 class SequenceBatches(Dataset[dict[str, Tensor]]):

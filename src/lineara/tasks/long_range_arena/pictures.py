@@ -27,14 +27,14 @@ def expression_maps(
         ValueError: for a layer or head that does not exist, an expression that is none, or attention without such maps.
     """
     attention = _attention_layer(task.network, layer)
-    if not 0 <= head < int(attention.num_heads):  # type: ignore[arg-type]
-        raise ValueError(f"head must be at least 0 and below {attention.num_heads}, got {head}")
     tokens, label = _shortest_test_example(data) if expression is None else (encode(expression), evaluate(expression))
     examples = ListOpsExamples(tokens, np.array([0, len(tokens)]), np.array([label], dtype=np.uint8))
     batch = SequenceBatches(examples)[[0]]
     with torch.no_grad():
         answer = int(task(batch).argmax())
         maps = global_maps(attention, lambda: task(batch), key_mask=batch["mask"])  # (1, H, K, M)
+    if not 0 <= head < maps.shape[1]:
+        raise ValueError(f"head must be at least 0 and below {maps.shape[1]}, got {head}")
     title = f"Global attention maps, layer {layer}, head {head}: answer {answer}, value {label}"
     return token_maps(maps[0, head], [VOCABULARY[token] for token in tokens], title=title)
 

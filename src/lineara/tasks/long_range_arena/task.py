@@ -42,6 +42,18 @@ class SequenceClassification(LightningModule):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         return self.network(batch["tokens"], mask=batch["mask"])
 
+    def on_train_start(self) -> None:
+        """Raise unless a resumed run is as long as it was planned: its learning rates depend on that."""
+        schedule = self.lr_schedulers()
+        if not isinstance(schedule, torch.optim.lr_scheduler.OneCycleLR):
+            return
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        if schedule.total_steps != total_steps:
+            raise ValueError(
+                f"a resumed run must keep its number of steps, got {total_steps} but it was begun with "
+                f"{schedule.total_steps}; set --trainer.max_steps {schedule.total_steps}, or begin a new run"
+            )
+
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         return self._step("train", batch)
 
@@ -74,6 +86,8 @@ class SequenceClassification(LightningModule):
             self.parameters(), lr=self.peak_lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0
         )
         total_steps = int(self.trainer.estimated_stepping_batches)
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return optimizer
         if not 1 < self.warmup_steps < total_steps:
             raise ValueError(
                 f"warmup_steps must lie between 1 and the run's {total_steps} steps, got {self.warmup_steps}; "
