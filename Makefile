@@ -11,7 +11,7 @@ demo: $(RUN)/cost.json
 	@cat $(RUN)/cost.md
 	@echo "pictures:"
 	@$(BIN)/lineara draw curves --run_dir $(RUN)
-	@$(BIN)/lineara draw maps --checkpoint $(RUN)/checkpoints/best.ckpt
+	@$(BIN)/lineara draw maps --checkpoint $(RUN)/checkpoints/best.ckpt --layer 1
 	@$(BIN)/lineara draw cost --costs $(RUN)/cost.json
 
 test: .venv/installed

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it: `lineara --help` answers at
 
 import argparse
 import json
+import logging
 import sys
 import traceback
 import warnings
@@ -142,11 +143,14 @@ def _add_bench(parser: ArgumentParser) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    import logging
-
     from lineara.tasks.training import TrainingCommand
 
-    # Advice to Lightning's developers and users that does not concern a user of lineara.
+    _leave_out_advice()
+    TrainingCommand(arguments)
+
+
+def _leave_out_advice() -> None:
+    """Keep from the user what Lightning tells its own users, and what does not hold here."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
@@ -155,7 +159,6 @@ def _train(arguments: list[str]) -> None:
         ".*lr_scheduler.step.*",
     ):
         warnings.filterwarnings("ignore", message)
-    TrainingCommand(arguments)
 
 
 def _data_listops(options: Namespace) -> None:
@@ -187,6 +190,7 @@ def _draw_maps(options: Namespace) -> None:
     from lineara.tasks.long_range_arena.task import SequenceClassification
     from lineara.tasks.training import load_run
 
+    _leave_out_advice()
     task, data = load_run(options.checkpoint)
     if not isinstance(task, SequenceClassification) or not isinstance(data, ListOpsData):
         raise ValueError(f"{options.checkpoint} must be of a ListOps run, got one of {type(task).__name__}")
