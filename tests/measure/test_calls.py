@@ -162,6 +162,18 @@ def test_without_a_mark_to_reset_the_growth_of_the_all_time_maximum_counts(weigh
 
 
 @ON_LINUX
+def test_without_the_mark_at_all_the_resource_usage_counts(monkeypatch):
+    mark = calls._status_bytes("VmHWM")
+
+    def no_status(field):
+        raise KeyError(field)
+
+    monkeypatch.setattr(calls, "_status_bytes", no_status)
+    assert not calls._reset_high_water_mark()
+    assert 0.9 * mark < calls._all_time_maximum() < 100 * mark
+
+
+@ON_LINUX
 def test_the_fresh_process_has_as_many_threads_of_torch_and_may_print(weighed, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert_mib(peak_memory(weighed.threads), 30)

@@ -92,7 +92,6 @@ def test_attention_is_made_by_the_callable_once_per_block():
     assert widths == [6, 6, 6]
     assert [block.attention.normalization for block in model.blocks] == ["scaling"] * 3
     assert len({id(block.attention) for block in model.blocks}) == 3
-    assert type(SequenceClassifier(VOCAB, CLASSES, MAX_LEN).blocks[0].attention) is EfficientAttention
 
 
 def test_padding_is_embedded_as_zero_and_stays_so():

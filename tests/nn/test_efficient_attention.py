@@ -241,7 +241,7 @@ def test_one_graph_serves_every_length_and_computes_the_same(compiled):
 
 
 def test_a_sequence_of_many_blocks_compiles_into_one_graph(compiled):
-    layer = EfficientAttention(61, impl="streaming")
+    layer = EfficientAttention(61, key_dim=67, value_dim=71, impl="streaming")
     function = compiled(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(1, 35_023, 61)  # more than 2 Mi numbers: beyond what streaming takes as one block
     expected = result_and_gradients(layer, layer, x)

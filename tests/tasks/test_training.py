@@ -36,7 +36,7 @@ STEPS, BATCHES, VALIDATE_EVERY = 26, 10, 5
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """A recipe beside its data. It has no dropout, so that nothing but the order of batches is random."""
+    """A recipe beside its data, with dropout: the order of batches is not all that is random."""
     folder = tmp_path_factory.mktemp("recipe")
     path = folder / "tiny.yaml"
     path.write_text(f"""\
@@ -55,7 +55,7 @@ model:
         dim: 8
         mlp_dim: 8
         head_dim: 8
-        dropout: 0.0
+        dropout: 0.1
         attention:
           class_path: lineara.nn.EfficientAttention
           init_args:
@@ -235,6 +235,24 @@ def test_going_on_where_nothing_is_yet_starts_from_the_beginning(finished, recip
     assert batches == finished.batches[:6]
 
 
+def test_a_run_cannot_be_made_longer_later(recipe, tmp_path):
+    with recorded(7), pytest.raises(StoppedError):
+        run("fit", recipe, tmp_path)
+    sentence = (
+        r"^a resumed run must keep its number of steps, got 50 but it was begun with 26; set --trainer\.max_steps 26"
+    )
+    with recorded() as batches, pytest.raises(ValueError, match=sentence):
+        run("fit", recipe, tmp_path, "--ckpt_path", "last", "--trainer.max_steps", "50")
+    assert batches == []
+
+
+def test_a_trial_of_one_step_leaves_no_checkpoint(recipe, tmp_path):
+    with recorded() as batches:
+        run("fit", recipe, tmp_path, "--trainer.fast_dev_run", "true")
+    assert len(batches) == 1
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 ONCE_PER_EPOCH = ["--trainer.val_check_interval", "1.0", "--trainer.check_val_every_n_epoch", "1"]
 TWICE_PER_EPOCH = ["--trainer.val_check_interval", "0.5", "--trainer.check_val_every_n_epoch", "1"]
 
@@ -345,7 +363,7 @@ def test_predict_writes_what_the_best_checkpoint_answers(finished, recipe):
     run("predict", recipe, run_dir)
     with (run_dir / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    logits, labels = answers(*load_run(run_dir / "checkpoints/best.ckpt"), "test")
+    logits, labels = answers(*load_run(run_dir / "checkpoints/best.ckpt"), "predict")
     probabilities, predicted = logits.softmax(dim=1).max(dim=1)
     assert [int(row["prediction"]) for row in rows] == predicted.tolist()
     assert [int(row["label"]) for row in rows] == labels.tolist()
@@ -440,8 +458,20 @@ def test_without_a_run_there_is_nothing_to_test(recipe, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_checkpoint_of_another_network_is_refused_in_one_sentence(finished, recipe):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model.init_args.network.init_args.dim", "16"],
+        ["--model.init_args.network.init_args.num_layers", "1"],
+        ["--model.init_args.network.init_args.attention", "lineara.nn.SoftmaxAttention"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("subcommand", ["test", "fit"])
+def test_a_checkpoint_of_another_network_is_refused_in_one_sentence(finished, recipe, tmp_path, subcommand, words):
     best = finished.run_dir / "checkpoints/best.ckpt"
-    with pytest.raises(ValueError, match=rf"^{best} must ") as error:
-        run("test", recipe, finished.run_dir, "--model.init_args.network.init_args.dim", "16")
+    with pytest.raises(ValueError, match=r"^the recipe must describe the network of ") as error:
+        run(subcommand, recipe, tmp_path / "run", "--ckpt_path", str(best), *words)
+    assert str(best) in str(error.value)
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()

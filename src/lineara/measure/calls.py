@@ -166,7 +166,11 @@ def _status_bytes(field: str) -> int:
 
 
 def _all_time_maximum() -> int:
-    import resource  # not on Windows
+    try:
+        return _status_bytes("VmHWM")
+    except (OSError, KeyError):
+        # Second choice: on Linux this starts at the size of the process that started this one.
+        import resource  # not on Windows
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

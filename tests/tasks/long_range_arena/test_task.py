@@ -167,9 +167,9 @@ def test_predictions_are_written_as_a_table(tmp_path, capsys):
     with (run_dir / "predictions.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["prediction", "probability", "label", "tokens"]
-    assert sorted(rows) == [
-        ["3", "0.7500", "1", "[MIN [SM 3 4 ] 2 1 ]"],
+    assert rows == [
         ["4", "0.7500", "9", "[MAX 4 9 ]"],
+        ["3", "0.7500", "1", "[MIN [SM 3 4 ] 2 1 ]"],
         ["7", "0.7500", "7", "7"],
     ]
     assert f"predictions: {run_dir / 'predictions.csv'}" in capsys.readouterr().out
