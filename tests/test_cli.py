@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +16,7 @@ import yaml
 import lineara
 from lineara.cli import main
 from lineara.tasks.long_range_arena import SequenceClassification
+from lineara.tasks.long_range_arena.listops import ListOpsGrammar, generate
 from lineara.tasks.long_range_arena.listops_files import load_listops
 
 # What Lightning's command line still calls of jsonargparse.
@@ -334,12 +336,13 @@ def test_an_interrupted_training_says_so(call, monkeypatch):
     assert error.splitlines()[-1] == "lineara: interrupted"
 
 
-def test_our_own_mistakes_are_not_hidden(call, monkeypatch):
+@pytest.mark.parametrize("bug", [RuntimeError, ValueError, KeyError])
+def test_our_own_mistakes_are_not_hidden(call, monkeypatch, bug):
     def fail(*_):
-        raise RuntimeError("a bug")
+        raise bug("nobody's mistake but ours")
 
     monkeypatch.setattr(SequenceClassification, "training_step", fail)
-    with pytest.raises(RuntimeError, match="a bug"):
+    with pytest.raises(bug, match="nobody's mistake but ours"):
         call("fit", "--config", recipe_with("run_dir", "run"))
 
 
@@ -356,7 +359,8 @@ def test_data_are_generated_once(call):
     before = path.stat()
     splits = load_listops(path)
     assert {split: len(examples) for split, examples in splits.items()} == {"train": 40, "val": 20, "test": 20}
-    assert 5 < splits["train"].lengths.min() <= splits["train"].lengths.max() < 30
+    expected = generate(80, grammar=ListOpsGrammar(min_len=5, max_len=30), seed=3, progress=False)
+    assert np.array_equal(np.concatenate([examples.tokens for examples in splits.values()]), expected.tokens)
     assert call(*words) == (0, output, "")
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
 

@@ -146,7 +146,12 @@ def _train(arguments: list[str]) -> None:
     from lineara.tasks.training import TrainingCommand
 
     _leave_out_advice()
-    TrainingCommand(arguments)
+    try:
+        TrainingCommand(arguments)
+    except SystemExit as ended:  # Lightning's answer to an interruption
+        if isinstance(ended.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from ended
+        raise
 
 
 def _leave_out_advice() -> None:
@@ -251,7 +256,8 @@ def _users_mistake(error: BaseException | None) -> BaseException | None:
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
         ours = bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
-        if isinstance(error, OSError | ImportError) or (ours and isinstance(error, ValueError | TypeError)):
+        named = type(error).__name__ == "MisconfigurationException"  # Lightning's, of the trainer's options
+        if named or isinstance(error, OSError | ImportError) or (ours and isinstance(error, ValueError | TypeError)):
             return error
         error = error.__cause__
     return None

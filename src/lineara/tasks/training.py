@@ -8,6 +8,7 @@ A run folder holds
     config.yaml                         the recipe of the last start, with every default filled in
 """
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class TrainingCommand(LightningCLI):
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
                 "checkpoint.enable_version_counter": False,
+                "checkpoint.save_on_train_epoch_end": False,
             }
         )
         parser.link_arguments("run_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
@@ -72,6 +74,8 @@ class TrainingCommand(LightningCLI):
             self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
         except ArgumentError as error:
             raise ValueError(_complaint(str(error))) from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"a recipe must be a text file in UTF-8, got one that is not: {error}") from error
         if subcommand := self.config.get("subcommand"):
             config = self.config[subcommand]
             checkpoint = _choose_checkpoint(subcommand, Path(config.run_dir), config.ckpt_path)
@@ -94,10 +98,12 @@ class TrainingCommand(LightningCLI):
                 TensorBoardLogger(run_dir, name="tensorboard"),
             ]
         trainer = super().instantiate_trainer(**kwargs)
-        if self.subcommand == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # Two files, because with `save_last` Lightning writes the last one only when it writes a new best one.
-            last = ModelCheckpoint(_checkpoint_folder(str(run_dir)), "last", enable_version_counter=False)
-            trainer.callbacks += [_KeepRun(self._recipe("fit")), last]  # type: ignore[attr-defined]
+        if self.subcommand is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # A second file, because with `save_last` Lightning writes it only when it writes a new best one.
+            last = ModelCheckpoint(
+                _checkpoint_folder(str(run_dir)), "last", enable_version_counter=False, save_on_train_epoch_end=False
+            )
+            trainer.callbacks += [_KeepRun(self._recipe(self.subcommand)), last]  # type: ignore[attr-defined]
         return trainer
 
     def _recipe(self, subcommand: str) -> str:
@@ -120,7 +126,7 @@ class _KeepRun(Callback):
         self._random_state: torch.Tensor | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.is_global_zero:
+        if stage == "fit" and trainer.is_global_zero:
             write_text(Path(trainer.default_root_dir) / "config.yaml", self.recipe)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -143,13 +149,41 @@ def load_run(checkpoint: Path | str) -> tuple[LightningModule, LightningDataModu
     return command.model.eval(), command.datamodule
 
 
+# What the parser says around a complaint.
+_AROUND = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+    "Given value",
+    "Subclass types",
+)
+_AROUND += ("a class path (str)", "a dict with", "Problem with given class_path", "Parser key")
+
+
 def _complaint(message: str) -> str:
-    """One sentence of what the parser says over many lines: its innermost complaint, and the class that it is about."""
-    message = message.split("- Expected a <class 'NoneType'>")[0].strip()
-    complaint = message.splitlines()[-1].strip() if "Errors:" in message else " ".join(message.split())
-    complaint = complaint.split(" expects a function or a callable class: ")[-1].split(". Got value: Namespace")[0]
-    classes = re.findall(r"(?:class_path[ =]|Namespace\(class_path=)'([\w.]+)'", message)
-    return f"{classes[-1]}: {complaint}" if classes and "Errors:" in message else complaint
+    """One sentence of what the parser says over many lines: where, and its innermost complaint."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
+    if len(lines) < 2:
+        return " ".join(lines)
+    keys = ".".join(re.findall(r'^ *Parser key "([^"]+)":', message, re.MULTILINE))
+    complaint = "; ".join(line for line in lines if not line.startswith(_AROUND))
+    if complaint.startswith("Not a valid subclass"):
+        complaint = f"must have class_path and init_args and no other key, got {_given_keys(message)}"
+    complaint = complaint.split("expects a function or a callable class: ")[-1].split(". Got value: Namespace")[0]
+    given = re.search(r"Given value: ([^{\n]+)$", message)
+    if given and "Got value" not in complaint:
+        complaint += f"; got {given[1]}"
+    classes = re.findall(r"^ *(?:- )?Problem with given class_path '([^']+)'", message, re.MULTILINE)
+    return ": ".join([keys, *classes[-1:], complaint[:200]])
+
+
+def _given_keys(message: str) -> str:
+    given = re.search(r"Got value: ({.*})", message) or re.search(r"Given value: ({.*})", message)
+    try:
+        return ", ".join(ast.literal_eval(given[1])) if given else "something else"
+    except (ValueError, SyntaxError):
+        return "something else"
 
 
 def _check_network(recipe: str, checkpoint: Path) -> None:

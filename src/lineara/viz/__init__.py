@@ -1,7 +1,13 @@
 """Figures from tensors and results: drawing functions return a `matplotlib.figure.Figure`, callers save it."""
 
-from lineara.viz.attention_maps import global_maps, map_grid, token_maps
-from lineara.viz.cost_curves import cost_curves
-from lineara.viz.learning_curves import learning_curves, read_metrics
+try:
+    from lineara.viz.attention_maps import global_maps, map_grid, token_maps
+    from lineara.viz.cost_curves import cost_curves
+    from lineara.viz.learning_curves import learning_curves, read_metrics
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"lineara.viz needs {str(error.name).partition('.')[0]}, which is not installed; install it with: "
+        "pip install 'lineara[train]'"
+    ) from error
 
 __all__ = ["cost_curves", "global_maps", "learning_curves", "map_grid", "read_metrics", "token_maps"]
