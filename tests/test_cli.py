@@ -447,6 +447,8 @@ def test_maps_of_no_checkpoint_are_refused(mistake):
     assert mistake("draw", "maps", "--checkpoint", "none.ckpt").startswith(
         "none.ckpt must be a checkpoint, got no such"
     )
+    # One line, whatever is in it.
+    assert mistake("draw", "maps", "--checkpoint", "two\nlines").startswith("two lines must be a checkpoint")
 
 
 # Costs.
@@ -489,7 +491,7 @@ def test_costs_are_measured_and_drawn(call):
     ],
 )
 def test_what_cannot_be_measured_is_refused(mistake, words, sentence):
-    assert_match(sentence, mistake("bench", "cost", *words))
+    assert_match(sentence, mistake("bench", "cost", *words, "--output", "cost.json"))
     assert files() == []
 
 

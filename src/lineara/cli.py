@@ -161,6 +161,7 @@ def _leave_out_advice() -> None:
         ".*does not have many workers.*",
         ".*dataloader is not resumable.*",
         ".*LeafSpec.*",
+        ".*exists and is not empty.*",
         ".*lr_scheduler.step.*",
     ):
         warnings.filterwarnings("ignore", message)
@@ -220,6 +221,7 @@ def _bench_cost(options: Namespace) -> None:
         for backward in (False, True)
         for positions in sorted(options.positions)
     ]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     costs = measure_costs(cases, limit_seconds=options.limit_seconds, progress=_progress)
     table = cost_table(costs)
     print(table)
@@ -246,6 +248,8 @@ def _progress(message: str) -> None:
 def _save(figure: object, path: Path) -> None:
     from lineara.tasks.files import written_whole
 
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--output must end in .png, .pdf or .svg, got {path}")
     with written_whole(path) as temporary:
         figure.savefig(temporary)  # type: ignore[attr-defined]
     print(path)

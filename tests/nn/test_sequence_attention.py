@@ -142,6 +142,13 @@ def test_impossible_widths_are_refused(options, sentence):
         Recorder(**{"dim": DIM, "num_heads": HEADS, **SIZES, **options})
 
 
+@pytest.mark.parametrize("options", [{"num_heads": 3.0}, {"dim": 7.0}, {"key_dim": "15"}, {"num_heads": True}], ids=str)
+def test_widths_that_are_no_integers_are_refused(options):
+    [(name, given)] = options.items()
+    with pytest.raises(TypeError, match=f"^{name} must be an integer, got {given!r}$"):
+        Recorder(**{"dim": DIM, "num_heads": HEADS, **SIZES, **options})
+
+
 @pytest.mark.parametrize("shape", [(17, 7), (2, 17, 5), (2, 3, 17, 7)])
 def test_inputs_of_another_shape_are_refused(shape):
     layer = Recorder(DIM, HEADS, key_dim=15, value_dim=33)

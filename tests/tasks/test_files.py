@@ -1,5 +1,6 @@
 """Files written whole or not at all."""
 
+import errno
 import os
 import re
 import stat
@@ -16,7 +17,7 @@ def names(folder):
 def fail_half_way(path, error):
     with written_whole(path) as temporary:
         temporary.write_text("half of the text")
-        raise error("half way")
+        raise error
 
 
 def test_a_file_appears_when_the_block_ends_and_not_before(tmp_path):
@@ -47,14 +48,14 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "notes.txt"
     path.write_text("old")
     with pytest.raises(error, match="half way"):
-        fail_half_way(path, error)
+        fail_half_way(path, error("half way"))
     assert path.read_text() == "old"
     assert names(tmp_path) == ["notes.txt"]
 
 
 def test_an_exception_leaves_no_file_where_there_was_none(tmp_path):
     with pytest.raises(ValueError, match="half way"):
-        fail_half_way(tmp_path / "notes.txt", ValueError)
+        fail_half_way(tmp_path / "notes.txt", ValueError("half way"))
     assert names(tmp_path) == []
 
 
@@ -102,7 +103,18 @@ def test_a_folder_without_permission_is_named(tmp_path):
 
 
 def test_a_folder_in_the_files_place_is_named_and_stays(tmp_path):
-    (tmp_path / "notes.txt").mkdir()
-    with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'notes.txt'}")):
-        write_text(tmp_path / "notes.txt", "text")
+    path = tmp_path / "notes.txt"
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match=f"^{re.escape(str(path))} must be a file to write, got a folder; name"):
+        write_text(path, "text")
+    assert names(tmp_path) == ["notes.txt"]
+
+
+def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("old")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match=f"^{re.escape(str(path))} must be writable, got No space left on device; make"):
+        fail_half_way(path, full)
+    assert path.read_text() == "old"
     assert names(tmp_path) == ["notes.txt"]

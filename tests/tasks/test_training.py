@@ -1,7 +1,10 @@
 """The training commands over a tiny ListOps set: what a run leaves behind, how it goes on, what its checkpoints are."""
 
 import csv
+import errno
+import fcntl
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,8 +19,9 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 
+from lineara.nn import SoftmaxAttention
 from lineara.tasks.long_range_arena import SequenceClassification
-from lineara.tasks.training import TrainingCommand, load_run
+from lineara.tasks.training import TrainingCommand, _locked, _WholeCheckpoints, load_run
 
 # Advice that `lineara fit` silences too, two remarks about resumed runs, which do go on with the next batch, and what
 # Lightning's command line still calls of jsonargparse.
@@ -169,7 +173,8 @@ def test_metrics_are_logged_at_every_validation_and_every_few_steps(finished):
     run_dir = finished.run_dir
     with (run_dir / "metrics/version_0/metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(1, STEPS, 2))
+    for name in ("train/loss", "train/accuracy"):
+        assert [int(row["step"]) for row in rows if row[name]] == list(range(1, STEPS, 2))
     validated = [row for row in rows if row["val/accuracy"]]
     assert [int(row["step"]) for row in validated] == [4, 9, 14, 19, 24]
     for row in validated:
@@ -227,6 +232,43 @@ def test_a_run_is_not_overwritten(finished, recipe, words):
     assert str(run_dir) in str(error.value)
     assert contents(run_dir) == before
     assert batches == []
+
+
+def test_a_folder_that_another_run_is_writing_to_is_left_alone(recipe, tmp_path):
+    with (tmp_path / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        sentence = r"^run_dir must be a folder that no other `lineara fit` is writing to, got "
+        with recorded() as batches, pytest.raises(ValueError, match=sentence):
+            run("fit", recipe, tmp_path)
+    assert batches == []
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_what_a_killed_run_had_half_written_is_removed(recipe, tmp_path):
+    half = tmp_path / "checkpoints" / ".best-killed.ckpt"
+    half.parent.mkdir()
+    half.write_bytes(b"half of a checkpoint")
+    run("fit", recipe, tmp_path, "--trainer.max_steps", "6")
+    assert sorted(path.name for path in half.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(finished, recipe, tmp_path, monkeypatch):
+    save = torch.save
+
+    def fill_the_disk(content, path):
+        if content["global_step"] > 12:
+            Path(path).write_bytes(b"half of a checkpoint")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(content, path)
+
+    monkeypatch.setattr(torch, "save", fill_the_disk)
+    with pytest.raises(OSError, match="No space left on device"):
+        run("fit", recipe, tmp_path)
+    monkeypatch.undo()
+    assert last_of(tmp_path)["global_step"] == 10
+    with recorded() as after:
+        run("fit", recipe, tmp_path, "--ckpt_path", "last")
+    assert after == finished.batches[10:]
 
 
 def test_going_on_where_nothing_is_yet_starts_from_the_beginning(finished, recipe, tmp_path):
@@ -475,3 +517,46 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_sentence(finished, re
     assert str(best) in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_another_attention_comes_with_its_own_defaults():
+    recipes = Path(__file__).parents[2] / "recipes/long_range_arena"
+    for words in (
+        ["--config", str(recipes / "listops_softmax.yaml")],
+        [
+            "--config",
+            str(recipes / "listops_efficient.yaml"),
+            "--model.network.attention",
+            "lineara.nn.SoftmaxAttention",
+        ],
+    ):
+        command = TrainingCommand(words, run=False)
+        layer = command.model.network.blocks[0].attention
+        assert isinstance(layer, SoftmaxAttention)
+        assert layer.scale is None
+        assert layer.num_heads == 2
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "best.ckpt"
+    path.write_bytes(b"the old one")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"best\.ckpt must be writable, got .*; make room"):
+            _WholeCheckpoints().save_checkpoint({"weights": torch.zeros(100_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"the old one"
+    assert [name.name for name in tmp_path.iterdir()] == ["best.ckpt"]
+
+
+def test_a_folder_that_a_run_is_writing_to_is_refused(tmp_path):
+    with (
+        _locked(tmp_path),
+        pytest.raises(ValueError, match="that no other `lineara fit` is writing to"),
+        _locked(tmp_path),
+    ):
+        pass
+    with _locked(tmp_path):
+        pass

@@ -1,11 +1,12 @@
 """Efficient attention for feature maps and volumes: the drop-in for a non-local block."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lineara.nn.sequence_attention import check_widths
+from lineara.nn.sequence_attention import check_options, check_widths
 from lineara.ops import efficient_attention
 
 
@@ -35,6 +36,7 @@ class _FeatureMapAttention(nn.Module):
         self.key_dim = max(dim // 2, 1) if key_dim is None else key_dim
         self.value_dim = dim if value_dim is None else value_dim
         check_widths(num_heads, dim=dim, key_dim=self.key_dim, value_dim=self.value_dim)
+        check_options(normalization, impl)
         self.normalization = normalization
         self.scale = scale
         self.impl = impl
@@ -85,7 +87,10 @@ class _FeatureMapAttention(nn.Module):
 
     def _split_heads(self, maps: Tensor) -> Tensor:
         batch, channels = maps.shape[:2]
-        return maps.reshape(batch, self.num_heads, channels // self.num_heads, -1).mT  # (B, H, N, D), no copy
+        num_positions = math.prod(maps.shape[2:])
+        return maps.reshape(
+            batch, self.num_heads, channels // self.num_heads, num_positions
+        ).mT  # (B, H, N, D), no copy
 
     def _check_input(self, name: str, maps: Tensor) -> None:
         if maps.dim() != 2 + len(self._axes) or maps.shape[1] != self.dim:

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lineara.ops.checks import check_choice
+from lineara.ops.dispatch import IMPLEMENTATIONS
+
 
 class SequenceAttention(nn.Module):
     """Project to queries, keys and values, `attend` per head, project back; a layer says how to attend.
@@ -103,9 +106,17 @@ class SequenceAttention(nn.Module):
             raise ValueError(f"{name} must have the shape (batch, positions, {dim}), got {tuple(tensor.shape)}")
 
 
+def check_options(normalization: str, impl: str) -> None:
+    """Raise unless both are names that the operations know."""
+    check_choice("normalization", normalization, ("softmax", "scaling"))
+    check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
+
+
 def check_widths(num_heads: int, **widths: int) -> None:
     """Raise unless all are positive and key and value channels split evenly into heads."""
     for name, width in {"num_heads": num_heads, **widths}.items():
+        if isinstance(width, bool) or not isinstance(width, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{name} must be an integer, got {width!r}")
         if width < 1:
             raise ValueError(f"{name} must be at least 1, got {width}")
     for name in ("key_dim", "value_dim"):

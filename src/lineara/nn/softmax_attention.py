@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lineara.nn.sequence_attention import SequenceAttention
+from lineara.nn.sequence_attention import SequenceAttention, check_options
 from lineara.ops import softmax_attention
 
 
@@ -50,6 +50,7 @@ class SoftmaxAttention(SequenceAttention):
             device=device,
             dtype=dtype,
         )
+        check_options(normalization, impl)
         self.normalization = normalization
         self.scale = scale
         self.impl = impl

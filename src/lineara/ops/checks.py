@@ -81,6 +81,16 @@ def check_key_mask(key_mask: Tensor | None, key: Tensor) -> None:
         )
 
 
+def check_scale(scale: float) -> None:
+    """Raise unless the scale is a finite number (a tensor would get no gradient)."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"scale must be a number, got {type(scale).__name__}; to learn it, multiply query and key by it instead"
+        )
+    if not abs(scale) < float("inf"):  # math.isfinite would break a compiled graph
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
 def check_choice(name: str, given: str, choices: Sequence[str]) -> None:
     """Raise unless `given` is one of the choices."""
     if given not in choices:

@@ -11,6 +11,8 @@ from pathlib import Path
 def written_whole(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an exception."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} must be a file to write, got a folder; name a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -23,7 +25,13 @@ def written_whole(path: Path | str) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise type(error)(
+            f"{path} must be writable, got {error.strerror or error}; make room or choose another folder"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

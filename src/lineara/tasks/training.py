@@ -9,7 +9,11 @@ A run folder holds
 """
 
 import ast
+import fcntl
+import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,9 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lineara.tasks.files import write_text
+from lineara.tasks.files import write_text, written_whole
 
 _RECIPE = "lineara_recipe"
 _RANDOM_STATE = "lineara_random_state"
@@ -97,6 +102,7 @@ class TrainingCommand(LightningCLI):
                 CSVLogger(run_dir, name="metrics"),
                 TensorBoardLogger(run_dir, name="tensorboard"),
             ]
+        kwargs["plugins"] = [*(self._get(self.config_init, "trainer").plugins or []), _WholeCheckpoints()]
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             # A second file, because with `save_last` Lightning writes it only when it writes a new best one.
@@ -106,12 +112,27 @@ class TrainingCommand(LightningCLI):
             trainer.callbacks += [_KeepRun(self._recipe(self.subcommand)), last]  # type: ignore[attr-defined]
         return trainer
 
+    def fit(self, **arguments: Any) -> None:
+        """What the subcommand `fit` runs: the trainer's fit, in a folder that is this run's alone."""
+        with _locked(Path(self._get(self.config, "run_dir"))) if self.trainer.is_global_zero else nullcontext():
+            self.trainer.fit(**arguments)
+
     def _recipe(self, subcommand: str) -> str:
         """The configuration of the run, without what belongs to this start of it."""
         config = self.config[subcommand].clone()
         for name in ("config", *self._subcommand_method_arguments[subcommand]):
             config.pop(name, None)
         return self._parser(subcommand).dump(config, skip_none=False, skip_validation=True)
+
+
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints written beside their place, then moved: a full disk or a kill leaves the old one whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        with written_whole(path) as temporary:
+            temporary.write_bytes(content.getbuffer())
 
 
 class _KeepRun(Callback):
@@ -125,11 +146,9 @@ class _KeepRun(Callback):
         self.recipe = recipe
         self._random_state: torch.Tensor | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero:
-            write_text(Path(trainer.default_root_dir) / "config.yaml", self.recipe)
-
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            write_text(Path(trainer.default_root_dir) / "config.yaml", self.recipe)
         checkpoint[_RECIPE] = self.recipe
         checkpoint[_RANDOM_STATE] = torch.get_rng_state()
 
@@ -188,15 +207,40 @@ def _given_keys(message: str) -> str:
 
 def _check_network(recipe: str, checkpoint: Path) -> None:
     """Raise unless the recipe's network is the checkpoint's: attention layers of different kinds share weight names."""
-    networks = [
-        yaml.safe_load(text)["model"]["init_args"].get("network")
+    ours, theirs = (
+        _flat(yaml.safe_load(text)["model"]["init_args"].get("network"))
         for text in (recipe, _read_checkpoint(checkpoint)[_RECIPE])
-    ]
-    if networks[0] != networks[1]:
+    )
+    different = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    if different:
+        key = different[0]
         raise ValueError(
-            f"the recipe must describe the network of {checkpoint}, got {networks[0]} but the checkpoint has "
-            f"{networks[1]}; use the config.yaml of the checkpoint's run"
+            f"the recipe must describe the network of {checkpoint}, got network{key} {ours.get(key)!r} but the "
+            f"checkpoint has {theirs.get(key)!r} ({len(different)} differences); use the config.yaml of its run"
         )
+
+
+def _flat(settings: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        return {key: settings}
+    return {k: v for name, part in settings.items() for k, v in _flat(part, f"{key}.{name}").items()}
+
+
+@contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder for this process; the system lets go of it however the process ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"run_dir must be a folder that no other `lineara fit` is writing to, got {run_dir}; wait for it, "
+                "or name another folder by --run_dir"
+            ) from error
+        for leftover in (run_dir / "checkpoints").glob(".*.ckpt"):  # of a run that was killed while it wrote
+            leftover.unlink()
+        yield
 
 
 def _choose_checkpoint(subcommand: str, run_dir: Path, given: str | None) -> Path | None:

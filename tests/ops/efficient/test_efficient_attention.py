@@ -386,3 +386,17 @@ def test_dtypes_and_devices_that_do_not_fit_are_named():
         efficient_attention(query.to("meta"), key, value)
     with pytest.raises(TypeError, match=r"value must be a torch.Tensor, got list"):
         efficient_attention(query, key, value.tolist())
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (torch.tensor(2.0), TypeError, "scale must be a number, got Tensor; to learn it"),
+        ("two", TypeError, "scale must be a number, got str"),
+        (True, TypeError, "scale must be a number, got bool"),
+        (float("nan"), ValueError, "scale must be finite, got nan"),
+    ],
+)
+def test_a_scale_that_is_no_number_is_refused(scale, error, message):
+    with pytest.raises(error, match=message):
+        efficient_attention(*tensors(), scale=scale)

@@ -219,6 +219,14 @@ def test_published_files_are_read_in_place_of_generated_ones(published):
     assert [expressions_in(batch) for batch in tests] == [["[MIN 5 6 ]", "[SM 1 1 ]"], ["[MAX 1 2 3 ]"]]
 
 
+@pytest.mark.parametrize(("stage", "split"), [("fit", "train"), ("fit", "val"), ("validate", "val"), ("test", "test")])
+def test_a_split_without_examples_is_refused(published, stage, split):
+    (published / f"basic_{split}.tsv").write_text(HEADER)
+    module = ListOpsData(published_folder=str(published))
+    with pytest.raises(ValueError, match=f"^the {split} split must hold at least 1 example, got none"):
+        module.setup(stage)
+
+
 def test_a_missing_published_file_is_named(published):
     (published / "basic_val.tsv").unlink()
     module = ListOpsData(published_folder=str(published))

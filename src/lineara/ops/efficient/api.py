@@ -12,6 +12,7 @@ from lineara.ops.checks import (
     check_key_mask,
     check_query_and_key,
     check_same_dtype_and_device,
+    check_scale,
     check_tensor,
 )
 from lineara.ops.dispatch import choose_implementation
@@ -73,6 +74,7 @@ def efficient_attention(
     check_query_and_key(query, key)
     check_key_mask(key_mask, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
+    check_scale(scale)
     implementation = choose_implementation("efficient_attention", impl, query)
     if implementation == "streaming" and not fits_one_block(query, key, value):
         _check_forward_mode(query, key, value)
@@ -123,6 +125,7 @@ def summarize_context(
     check_key_and_value(key, value)
     check_key_mask(key_mask, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
+    check_scale(scale)
     if choose_implementation("efficient_attention", impl, key) == "streaming":
         _check_forward_mode(key, value)
         maximum, total, weighted_sum = operators.summarize_context(key, value, key_mask, normalization, float(scale))

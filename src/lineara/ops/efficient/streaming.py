@@ -19,6 +19,8 @@ from lineara.ops.efficient.reference import accumulation_dtype, count_positions,
 # A block holds at most this many elements (1 MiB of float32); it takes as many rows as fit at this length.
 _BLOCK_ELEMENTS = 256 * 1024
 _BLOCK_LEN = 512
+# A product adds the positions of a block one by one, so longer blocks would lose digits.
+_LONGEST_BLOCK = 8192
 # Up to this many elements (8 MiB of float32) in query, key and value each, all positions are one block, and that block
 # is the reference's business: torch's own operations on whole tensors are as fast there, and keep no more than this.
 _ONE_BLOCK_ELEMENTS = 2 * 1024 * 1024
@@ -186,7 +188,7 @@ def _blocks(long: Sequence[Tensor], short: Sequence[Tensor]) -> Iterator[tuple[S
         groups, num_rows = [[tensor[item] for tensor in tensors] for item in range(batch)], heads
     channels = max(tensor.shape[3] for tensor in long)
     rows = min(num_rows, _BLOCK_ELEMENTS // (channels * min(num_positions, _BLOCK_LEN) or 1)) or 1
-    length = _BLOCK_ELEMENTS // (channels * rows) or 1
+    length = min(_BLOCK_ELEMENTS // (channels * rows) or 1, _LONGEST_BLOCK)
     for group in groups:
         for row in range(0, num_rows, rows):
             views = [tensor[row : row + rows] for tensor in group]

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lineara.ops.checks import check_choice, check_key_and_value, check_key_mask, check_query_and_key
+from lineara.ops.checks import check_choice, check_key_and_value, check_key_mask, check_query_and_key, check_scale
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.softmax import reference
 
@@ -53,5 +53,7 @@ def softmax_attention(
     check_query_and_key(query, key)
     check_key_mask(key_mask, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
+    if scale is not None:
+        check_scale(scale)
     choose_implementation("softmax_attention", impl, query)
     return reference.softmax_attention(query, key, value, normalization=normalization, scale=scale, key_mask=key_mask)

@@ -90,6 +90,12 @@ class ListOpsData(LightningDataModule):
             folder = self.published_folder
             self._splits = load_listops(self._prepare()) if folder is None else load_listops_folder(folder)
             self._splits["predict"] = self._splits["test"]
+        for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
+            if len(self._splits[split]) == 0:
+                raise ValueError(
+                    f"the {split} split must hold at least 1 example, got none; set --data.num_{split} or name "
+                    "other files"
+                )
 
     def train_dataloader(self) -> DataLoader[Any]:
         start, self._batches_done = self._batches_done, 0
