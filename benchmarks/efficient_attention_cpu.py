@@ -2,13 +2,14 @@
 
     python benchmarks/efficient_attention_cpu.py > benchmarks/results/efficient-attention-cpu-<hardware>-<yyyy-mm>.md
 
-Times are medians over rounds in one process; in every round each contender is called once, in turn, so that whatever
-else the machine does meets all of them. Memory is each contender's own fresh process (see `lineara.measure`). A quiet
+Times are medians over rounds in one process; in every round each contender is called once, in random
+order, so that whatever else the machine does meets all of them. Memory is each contender's own fresh process (see `lineara.measure`). A quiet
 machine is the caller's business.
 """
 
 import argparse
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -84,7 +85,8 @@ def row(positions: int, backward: bool, max_seconds: float) -> str:
     times: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + max_seconds
     while (time.perf_counter() < end and len(times["plain"]) < 500) or len(times["plain"]) < 5:
-        for name in names:
+        # In random order: nobody always finds the same neighbour's leavings in the cache.
+        for name in random.sample(names, len(names)):
             times[name].append(call(name))
     medians = {name: statistics.median(times[name]) for name in names}
     cells = [

@@ -71,6 +71,15 @@ LEVELS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads that wait for each other on a busy machine take a hundred times as long over such small tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def call(capsys, tmp_path, monkeypatch):
     """Run a command in an empty folder: its exit status, standard output and standard error."""

@@ -12,6 +12,15 @@ VOCAB, CLASSES, MAX_LEN = 11, 5, 23
 ATTENTIONS = pytest.mark.parametrize("attention", [EfficientAttention, SoftmaxAttention])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads that wait for each other on a busy machine take a hundred times as long over such small tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

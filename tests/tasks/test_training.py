@@ -38,6 +38,15 @@ pytestmark = [
 STEPS, BATCHES, VALIDATE_EVERY = 26, 10, 5
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads that wait for each other on a busy machine take a hundred times as long over such small tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """A recipe beside its data, with dropout: the order of batches is not all that is random."""

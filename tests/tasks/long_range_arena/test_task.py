@@ -22,6 +22,15 @@ pytestmark = [
 PEAK, WARMUP, STEPS = 0.02, 5, 13
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads that wait for each other on a busy machine take a hundred times as long over such small tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return str(tmp_path_factory.mktemp("data"))

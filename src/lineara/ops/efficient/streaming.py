@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lineara.ops.efficient.reference import accumulation_dtype, count_positions, finite_shift
 
-# A block holds at most this many elements (1 MiB of float32); it takes as many rows as fit at this length.
-_BLOCK_ELEMENTS = 256 * 1024
+# A block holds at most this many elements (2 MiB of float32); it takes as many rows as fit at this length.
+_BLOCK_ELEMENTS = 512 * 1024
 _BLOCK_LEN = 512
 # A product adds the positions of a block one by one, so longer blocks would lose digits.
 _LONGEST_BLOCK = 8192
