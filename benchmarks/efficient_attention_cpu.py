@@ -2,9 +2,9 @@
 
     python benchmarks/efficient_attention_cpu.py > benchmarks/results/efficient-attention-cpu-<hardware>-<yyyy-mm>.md
 
-Times are medians over rounds in one process; in every round each contender is called once, in random
-order, so that whatever else the machine does meets all of them. Memory is each contender's own fresh process (see `lineara.measure`). A quiet
-machine is the caller's business.
+Times are medians over rounds in one process; in every round each contender is called once, in random order, so that
+whatever else the machine does meets all of them. Memory is each contender's own fresh process (see `lineara.measure`).
+A quiet machine is the caller's business.
 """
 
 import argparse

@@ -32,17 +32,8 @@ class ContextSummary(NamedTuple):
 def efficient_attention(
     query: Tensor, key: Tensor, value: Tensor, *, normalization: str, scale: float, key_mask: Tensor | None
 ) -> Tensor:
-    softmax = normalization == "softmax"
-    # The lowest number, not -inf, so that the softmax of an item without valid positions is not NaN.
-    fill = torch.finfo(accumulation_dtype(key.dtype)).min if softmax else 0.0
-    key, value = _prepare(key, value, scale, key_mask, fill)  # (B, H, M, K), (B, H, M, V)
-    if not softmax:
-        num_valid = count_positions(key, key_mask).clamp_min(1.0)  # (B, H, K)
-        return apply_context(query, key.mT @ value / num_valid[..., None], normalization, scale)
-    weights = key.softmax(dim=2)
-    if key_mask is not None:
-        weights = weights.masked_fill(~key_mask[:, None, :, None], 0.0)
-    return apply_context(query, weights.mT @ value, normalization, scale)
+    context = _context(key, value, normalization, scale, key_mask)
+    return apply_context(query, context, normalization, scale)
 
 
 def summarize_context(
@@ -112,6 +103,21 @@ def finite_shift(maximum: Tensor) -> Tensor:
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _context(key: Tensor, value: Tensor, normalization: str, scale: float, key_mask: Tensor | None) -> Tensor:
+    """rho_k(K)^T V: (B, H, K, V). (A function, so that its long tensors are gone when the queries' turn comes.)"""
+    softmax = normalization == "softmax"
+    # The lowest number, not -inf, so that the softmax of an item without valid positions is not NaN.
+    fill = torch.finfo(accumulation_dtype(key.dtype)).min if softmax else 0.0
+    key, value = _prepare(key, value, scale, key_mask, fill)  # (B, H, M, K), (B, H, M, V)
+    if not softmax:
+        num_valid = count_positions(key, key_mask).clamp_min(1.0)  # (B, H, K)
+        return key.mT @ value / num_valid[..., None]
+    weights = key.softmax(dim=2)
+    if key_mask is not None:
+        weights = weights.masked_fill(~key_mask[:, None, :, None], 0.0)
+    return weights.mT @ value
 
 
 def _prepare(key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None, fill: float) -> tuple[Tensor, Tensor]:
