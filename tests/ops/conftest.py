@@ -22,6 +22,20 @@ def nan_scratch():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that these tests walk several, in positions and in rows."""
+    monkeypatch.setattr("lineara.ops.blocks._ONE_BLOCK_ELEMENTS", 0)
+    monkeypatch.setattr("lineara.ops.blocks._BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr("lineara.ops.blocks._BLOCK_LEN", 11)
+
+
+@pytest.fixture
+def only_blocks(monkeypatch):
+    """Blocks of the usual size, however small the inputs."""
+    monkeypatch.setattr("lineara.ops.blocks._ONE_BLOCK_ELEMENTS", 0)
+
+
 def _with_gradients(call: Callable[..., Tensor], tensors: Sequence[Tensor], grad_output: Tensor) -> list[Tensor]:
     """The output of call(*tensors) and the gradient of every tensor."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -40,7 +54,8 @@ def assert_as_exact_as():
 
     Measured against the reference in float64 on the same (rounded) inputs, its output and each of its gradients may be
     off by four times what the reference in the inputs' own dtype is off, or by four times the dtype's rounding of the
-    largest number among output and gradients, whichever is more.
+    largest number among output and gradients, whichever is more. In float64, where no finer number tells how much the
+    reference is off, it is sixteen times that rounding.
     """
 
     def check(call: Callable[..., Tensor], reference: Callable[..., Tensor], tensors: Sequence[Tensor]) -> None:
@@ -55,7 +70,27 @@ def assert_as_exact_as():
         for name, e, r, g in zip(("output", *(f"gradient {i}" for i in range(len(tensors)))), exact, lost, given):
             assert g.dtype == dtype, name
             assert g.shape == e.shape, name
-            allowed = 4 * max((r.double() - e).abs().max(), torch.finfo(dtype).eps * largest)
+            rounding = torch.finfo(dtype).eps * largest * (4 if dtype == torch.float64 else 1)
+            allowed = 4 * max((r.double() - e).abs().max(), rounding)
             assert (g.double() - e).abs().max() <= allowed, name
 
     return check
+
+
+def _strided(tensor: Tensor, layout: str) -> Tensor:
+    """The same numbers, laid out otherwise."""
+    batch, heads, positions, channels = tensor.shape
+    if layout == "heads beside channels":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "channels first":
+        return tensor.mT.contiguous().mT
+    if layout == "every other":
+        room = torch.full((batch, heads, 2 * positions, 2 * channels), torch.nan, dtype=tensor.dtype)
+        room[:, :, ::2, 1::2] = tensor
+        return room[:, :, ::2, 1::2]
+    return tensor[:, :1].expand(-1, heads, -1, -1)  # "one head for all"
+
+
+@pytest.fixture
+def strided():
+    return _strided

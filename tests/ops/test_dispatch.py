@@ -5,7 +5,7 @@ import torch
 
 from lineara.ops import efficient_attention, explain_implementation
 from lineara.ops.dispatch import choose_implementation
-from lineara.ops.efficient import operators, streaming
+from lineara.ops.efficient import operators
 
 QUERY, KEY, VALUE = torch.randn(2, 3, 7, 5), torch.randn(2, 3, 13, 5), torch.randn(2, 3, 13, 11)
 
@@ -21,7 +21,7 @@ def test_the_explanation_names_what_auto_picks():
 
 @pytest.mark.parametrize(("impl", "streams"), [("auto", True), ("streaming", True), ("reference", False)])
 def test_what_is_chosen_runs(impl, streams, monkeypatch):
-    monkeypatch.setattr(streaming, "_ONE_BLOCK_ELEMENTS", 0)
+    monkeypatch.setattr("lineara.ops.blocks._ONE_BLOCK_ELEMENTS", 0)
     ran = []
     operator = operators.efficient_attention
     monkeypatch.setattr(operators, "efficient_attention", lambda *inputs: ran.append(1) or operator(*inputs))

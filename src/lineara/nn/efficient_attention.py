@@ -61,7 +61,9 @@ class EfficientAttention(SequenceAttention):
         self.scale = scale
         self.impl = impl
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, query_mask: Tensor | None
+    ) -> Tensor:
         return efficient_attention(
             query,
             key,

@@ -1,6 +1,7 @@
 """Efficient attention for feature maps and volumes: the drop-in for a non-local block."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from lineara.nn.sequence_attention import check_options, check_widths
 from lineara.ops import efficient_attention
 
 
-class _FeatureMapAttention(nn.Module):
-    """1x1 convolutions to queries, keys and values, efficient attention over all positions, reprojection, residual."""
+class FeatureMapAttention(nn.Module):
+    """1x1 convolutions to queries, keys and values, attention over all positions, reprojection, residual.
+
+    A layer says how to `attend`.
+    """
 
     _convolution: type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]
     _axes: tuple[str, ...]
@@ -23,10 +27,7 @@ class _FeatureMapAttention(nn.Module):
         *,
         key_dim: int | None = None,
         value_dim: int | None = None,
-        normalization: str = "softmax",
-        scale: float = 1.0,
         zero_init: bool = False,
-        impl: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -36,10 +37,6 @@ class _FeatureMapAttention(nn.Module):
         self.key_dim = max(dim // 2, 1) if key_dim is None else key_dim
         self.value_dim = dim if value_dim is None else value_dim
         check_widths(num_heads, dim=dim, key_dim=self.key_dim, value_dim=self.value_dim)
-        check_options(normalization, impl)
-        self.normalization = normalization
-        self.scale = scale
-        self.impl = impl
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.queries = self._convolution(dim, self.key_dim, 1, **factory)
         self.keys = self._convolution(dim, self.key_dim, 1, **factory)
@@ -68,22 +65,19 @@ class _FeatureMapAttention(nn.Module):
             context = x
         else:
             self._check_input("context", context)
-        attended = efficient_attention(
-            self._split_heads(self.queries(x)),  # (B, H, N, K)
-            self._split_heads(self.keys(context)),  # (B, H, M, K)
-            self._split_heads(self.values(context)),  # (B, H, M, V)
-            normalization=self.normalization,
-            scale=self.scale,
-            impl=self.impl,
-        )  # (B, H, N, V)
+        query = self._split_heads(self.queries(x))  # (B, H, N, K)
+        key = self._split_heads(self.keys(context))  # (B, H, M, K)
+        value = self._split_heads(self.values(context))  # (B, H, M, V)
+        attended = self.attend(query, key, value, context.shape[2:])  # (B, H, N, V)
         maps = attended.mT.reshape(x.shape[0], self.value_dim, *x.shape[2:])  # (B, H * V, *positions)
         return x + self.reprojection(maps)
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_shape: Sequence[int]) -> Tensor:
+        """The operation, on (batch, heads, positions, channels per head); the keys lie on a grid of `key_shape`."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
-        return (
-            f"dim={self.dim}, num_heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}, "
-            f"normalization={self.normalization!r}, scale={self.scale}, impl={self.impl!r}"
-        )
+        return f"dim={self.dim}, num_heads={self.num_heads}, key_dim={self.key_dim}, value_dim={self.value_dim}"
 
     def _split_heads(self, maps: Tensor) -> Tensor:
         batch, channels = maps.shape[:2]
@@ -99,7 +93,39 @@ class _FeatureMapAttention(nn.Module):
             )
 
 
-class EfficientAttention1d(_FeatureMapAttention):
+class _EfficientAttention(FeatureMapAttention):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        *,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        normalization: str = "softmax",
+        scale: float = 1.0,
+        zero_init: bool = False,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_options(normalization, impl)
+        super().__init__(
+            dim, num_heads, key_dim=key_dim, value_dim=value_dim, zero_init=zero_init, device=device, dtype=dtype
+        )
+        self.normalization = normalization
+        self.scale = scale
+        self.impl = impl
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_shape: Sequence[int]) -> Tensor:
+        return efficient_attention(
+            query, key, value, normalization=self.normalization, scale=self.scale, impl=self.impl
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, normalization={self.normalization!r}, scale={self.scale}, impl={self.impl!r}"
+
+
+class EfficientAttention1d(_EfficientAttention):
     """Layer form of `ops.efficient_attention` for (batch, dim, length) maps; see it for the mathematics.
 
     Arguments, weights and residual are those of `EfficientAttention2d`.
@@ -109,12 +135,11 @@ class EfficientAttention1d(_FeatureMapAttention):
     _axes = ("length",)
 
 
-class EfficientAttention2d(_FeatureMapAttention):
+class EfficientAttention2d(_EfficientAttention):
     """Layer form of `ops.efficient_attention` for (batch, dim, height, width) maps; see it for the mathematics.
 
     1x1 convolutions named `queries`, `keys`, `values` and `reprojection`, and the input added to the result: what the
-    paper puts in place of a non-local block. A state dict of the authors'
-    module loads as it is.
+    paper puts in place of a non-local block. A state dict of the authors' module loads as it is.
 
     Args:
         dim: channels of the input and of the output.
@@ -134,7 +159,7 @@ class EfficientAttention2d(_FeatureMapAttention):
     _axes = ("height", "width")
 
 
-class EfficientAttention3d(_FeatureMapAttention):
+class EfficientAttention3d(_EfficientAttention):
     """Layer form of `ops.efficient_attention` for (batch, dim, depth, height, width) volumes.
 
     Arguments, weights and residual are those of `EfficientAttention2d`.

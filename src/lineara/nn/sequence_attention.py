@@ -64,6 +64,7 @@ class SequenceAttention(nn.Module):
             TypeError: for a mask that is not boolean.
         """
         self._check_input("x", x, self.dim)
+        query_mask = key_mask if context is None else None
         if context is None:
             context = x
             if self.context_dim != self.dim:
@@ -76,11 +77,16 @@ class SequenceAttention(nn.Module):
         query = self._split_heads(self.query(x))  # (B, H, N, K)
         key = self._split_heads(self.key(context))  # (B, H, M, K)
         value = self._split_heads(self.value(context))  # (B, H, M, V)
-        attended = self.attend(query, key, value, key_mask)  # (B, H, N, V)
+        attended = self.attend(query, key, value, key_mask, query_mask)  # (B, H, N, V)
         return self.output(attended.transpose(1, 2).flatten(2))  # (B, N, dim)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
-        """The operation, on (batch, heads, positions, channels per head)."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, query_mask: Tensor | None
+    ) -> Tensor:
+        """The operation, on (batch, heads, positions, channels per head).
+
+        The query mask, (batch, query positions), says which queries mean something; None where that is not known.
+        """
         raise NotImplementedError
 
     def extra_repr(self) -> str:

@@ -55,7 +55,9 @@ class SoftmaxAttention(SequenceAttention):
         self.scale = scale
         self.impl = impl
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, query_mask: Tensor | None
+    ) -> Tensor:
         return softmax_attention(
             query,
             key,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -95,6 +96,14 @@ def check_choice(name: str, given: str, choices: Sequence[str]) -> None:
     """Raise unless `given` is one of the choices."""
     if given not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {given!r}")
+
+
+def check_forward_mode(*tensors: Tensor) -> None:
+    """Raise for forward-mode differentiation, which the operators would answer by zeros."""
+    if torch.compiler.is_compiling():
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):  # pyright: ignore[reportUnknownMemberType] - torch types it in part
+        raise ValueError("impl must be 'reference' under forward-mode differentiation, got 'streaming'")
 
 
 def _check_equal_size(first: str, first_size: int, second: str, second_size: int, what: str) -> None:

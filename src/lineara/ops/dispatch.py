@@ -13,6 +13,8 @@ IMPLEMENTATIONS = ("reference", "streaming", "triton")
 # What each operation has today.
 _AVAILABLE = {
     "efficient_attention": ("reference", "streaming"),
+    "kernel_attention": ("reference", "streaming"),
+    "multiresolution_attention": ("reference", "streaming"),
     "softmax_attention": ("reference",),
 }
 
@@ -37,8 +39,8 @@ def explain_implementation(query: Tensor, key: Tensor, value: Tensor, *, operati
         query: the query that the operation would be given, (batch, heads, query positions, key channels).
         key: the key likewise, (batch, heads, key positions, key channels).
         value: the value likewise, (batch, heads, key positions, value channels).
-        operation: the name of the operation, `"efficient_attention"` (also for the three operations on its context)
-            or `"softmax_attention"`.
+        operation: the name of the operation, `"efficient_attention"` (also for the three operations on its context),
+            `"kernel_attention"`, `"multiresolution_attention"` or `"softmax_attention"`.
 
     Returns:
         One sentence that begins with the implementation's name, such as `"streaming: ..."`.

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lineara.ops import attend_context, efficient_attention, merge_contexts, summarize_context
-from lineara.ops.efficient import streaming
 
 BOTH = pytest.mark.parametrize("normalization", ["softmax", "scaling"])
 IMPLEMENTATIONS = pytest.mark.parametrize("impl", ["reference", "streaming"])
@@ -16,9 +15,9 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 @pytest.fixture(autouse=True)
 def _several_blocks(monkeypatch):
-    monkeypatch.setattr(streaming, "_ONE_BLOCK_ELEMENTS", 0)
-    monkeypatch.setattr(streaming, "_BLOCK_ELEMENTS", 300)
-    monkeypatch.setattr(streaming, "_BLOCK_LEN", 7)
+    monkeypatch.setattr("lineara.ops.blocks._ONE_BLOCK_ELEMENTS", 0)
+    monkeypatch.setattr("lineara.ops.blocks._BLOCK_ELEMENTS", 300)
+    monkeypatch.setattr("lineara.ops.blocks._BLOCK_LEN", 7)
 
 
 def tensors(*, keys=31):

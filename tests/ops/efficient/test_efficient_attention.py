@@ -12,20 +12,6 @@ BOTH = pytest.mark.parametrize("normalization", ["softmax", "scaling"])
 IMPLEMENTATIONS = pytest.mark.parametrize("impl", ["reference", "streaming"])
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Blocks so small that these tests walk several, in positions and in rows."""
-    monkeypatch.setattr(streaming, "_ONE_BLOCK_ELEMENTS", 0)
-    monkeypatch.setattr(streaming, "_BLOCK_ELEMENTS", 700)
-    monkeypatch.setattr(streaming, "_BLOCK_LEN", 11)
-
-
-@pytest.fixture
-def only_blocks(monkeypatch):
-    """Blocks of the usual size, however small the inputs."""
-    monkeypatch.setattr(streaming, "_ONE_BLOCK_ELEMENTS", 0)
-
-
 def tensors(*, batch=2, heads=3, queries=7, keys=13, key_dim=5, value_dim=11, dtype=torch.float64):
     return (
         torch.randn(batch, heads, queries, key_dim, dtype=dtype),
@@ -188,25 +174,13 @@ def test_streaming_is_as_exact_as_the_reference(
     )
 
 
-def strided(tensor, layout):
-    """The same numbers, laid out otherwise."""
-    batch, heads, positions, channels = tensor.shape
-    if layout == "heads beside channels":
-        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "channels first":
-        return tensor.mT.contiguous().mT
-    if layout == "every other":
-        room = torch.full((batch, heads, 2 * positions, 2 * channels), torch.nan, dtype=tensor.dtype)
-        room[:, :, ::2, 1::2] = tensor
-        return room[:, :, ::2, 1::2]
-    return tensor[:, :1].expand(-1, heads, -1, -1)  # "one head for all"
-
-
 @BOTH
 @pytest.mark.parametrize("blocks", ["small_blocks", "only_blocks"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("layout", ["heads beside channels", "channels first", "every other", "one head for all"])
-def test_streaming_takes_any_strides(normalization, blocks, masked, layout, assert_as_exact_as, nan_scratch, request):
+def test_streaming_takes_any_strides(
+    normalization, blocks, masked, layout, strided, assert_as_exact_as, nan_scratch, request
+):
     request.getfixturevalue(blocks)
     inputs = [strided(tensor, layout) for tensor in tensors(dtype=torch.float32)]
     options = {"normalization": normalization, "key_mask": torch.rand(2, 13) > 0.4 if masked else None}
@@ -260,12 +234,12 @@ def test_one_gradient_alone_and_its_gradient(wanted, only_blocks):
 def test_short_inputs_are_one_block_and_long_ones_are_not(monkeypatch):
     inputs = tensors()
     walked = []
-    blocks = streaming._blocks
-    monkeypatch.setattr(streaming, "_blocks", lambda *tensors: walked.append(1) or blocks(*tensors))
-    monkeypatch.setattr(streaming, "_ONE_BLOCK_ELEMENTS", inputs[2].numel())
+    blocks = streaming.blocks
+    monkeypatch.setattr(streaming, "blocks", lambda *tensors: walked.append(1) or blocks(*tensors))
+    monkeypatch.setattr("lineara.ops.blocks._ONE_BLOCK_ELEMENTS", inputs[2].numel())
     short = efficient_attention(*inputs, impl="streaming")
     assert not walked
-    monkeypatch.setattr(streaming, "_ONE_BLOCK_ELEMENTS", inputs[2].numel() - 1)
+    monkeypatch.setattr("lineara.ops.blocks._ONE_BLOCK_ELEMENTS", inputs[2].numel() - 1)
     torch.testing.assert_close(efficient_attention(*inputs, impl="streaming"), short, rtol=1e-12, atol=1e-12)
     assert walked
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from lineara.ops import attend_context, efficient_attention, merge_contexts, summarize_context
-from lineara.ops.efficient import operators, streaming
+from lineara.ops.efficient import operators
 from lineara.ops.efficient.reference import accumulation_dtype
 
 
 @pytest.fixture(autouse=True)
 def _blocks(monkeypatch):
-    monkeypatch.setattr(streaming, "_ONE_BLOCK_ELEMENTS", 0)
+    monkeypatch.setattr("lineara.ops.blocks._ONE_BLOCK_ELEMENTS", 0)
 
 
 def tensors(keys=13, dtype=torch.float64):

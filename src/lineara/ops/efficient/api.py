@@ -1,13 +1,11 @@
 """The public door of efficient attention: signatures, meaning and checks; `dispatch` picks what runs."""
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from lineara.ops.blocks import fits_one_block
 from lineara.ops.checks import (
     check_choice,
+    check_forward_mode,
     check_key_and_value,
     check_key_mask,
     check_query_and_key,
@@ -17,8 +15,8 @@ from lineara.ops.checks import (
 )
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.efficient import operators, reference
-from lineara.ops.efficient.reference import ContextSummary, accumulation_dtype, context_matrix
-from lineara.ops.efficient.streaming import fits_one_block
+from lineara.ops.efficient.reference import ContextSummary, context_matrix
+from lineara.ops.precision import accumulation_dtype, without_autocast
 
 NORMALIZATIONS = ("softmax", "scaling")
 
@@ -77,9 +75,9 @@ def efficient_attention(
     check_scale(scale)
     implementation = choose_implementation("efficient_attention", impl, query)
     if implementation == "streaming" and not fits_one_block(query, key, value):
-        _check_forward_mode(query, key, value)
+        check_forward_mode(query, key, value)
         return operators.efficient_attention(query, key, value, key_mask, normalization, float(scale))[0]
-    with _without_autocast(query):
+    with without_autocast(query):
         return reference.efficient_attention(
             query, key, value, normalization=normalization, scale=scale, key_mask=key_mask
         )
@@ -127,10 +125,10 @@ def summarize_context(
     check_choice("normalization", normalization, NORMALIZATIONS)
     check_scale(scale)
     if choose_implementation("efficient_attention", impl, key) == "streaming":
-        _check_forward_mode(key, value)
+        check_forward_mode(key, value)
         maximum, total, weighted_sum = operators.summarize_context(key, value, key_mask, normalization, float(scale))
         return ContextSummary(maximum, total, weighted_sum, normalization, float(scale))
-    with _without_autocast(key):
+    with without_autocast(key):
         return reference.summarize_context(
             key, value, normalization=normalization, scale=float(scale), key_mask=key_mask
         )
@@ -217,26 +215,10 @@ def attend_context(query: Tensor, context: ContextSummary, *, impl: str = "auto"
             "move one of them"
         )
     if choose_implementation("efficient_attention", impl, query) == "streaming":
-        _check_forward_mode(query, context.weighted_sum)
+        check_forward_mode(query, context.weighted_sum)
         return operators.attend_context(query, context_matrix(context), context.normalization, context.scale)
-    with _without_autocast(query):
+    with without_autocast(query):
         return reference.attend_context(query, context)
-
-
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """The products keep the precision of the inputs, as their docstrings say; inputs come cast already."""
-    device_type = tensor.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
-def _check_forward_mode(*tensors: Tensor) -> None:
-    """Raise for forward-mode differentiation, which the operators would answer by zeros."""
-    if torch.compiler.is_compiling():
-        return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):  # pyright: ignore[reportUnknownMemberType] - torch types it in part
-        raise ValueError("impl must be 'reference' under forward-mode differentiation, got 'streaming'")
 
 
 def _check_summary(context: ContextSummary) -> None:

@@ -7,15 +7,17 @@ compiled in. Where gradients of gradients are asked for, the backward pass is th
 # pyright: reportUnknownMemberType=false
 # (torch.library types its registrations only in part)
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from lineara.ops.differentiation import reference_gradients
 from lineara.ops.efficient import reference, streaming
-from lineara.ops.efficient.reference import ContextSummary, accumulation_dtype, context_matrix
+from lineara.ops.efficient.reference import ContextSummary, context_matrix
+from lineara.ops.precision import accumulation_dtype
 
 
 @custom_op("lineara::efficient_attention", mutates_args=())
@@ -156,7 +158,7 @@ def _attention_gradients(ctx: Any, grad_output: Tensor | None, *_: None):
         def forward(query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
             return [reference.efficient_attention(query, key, value, key_mask=key_mask, **options)]
 
-        gradients = _reference_gradients(forward, (query, key, value), [grad_output])
+        gradients = reference_gradients(forward, (query, key, value), [grad_output])
     else:
         gradients = efficient_attention_backward(
             grad_output, query, key, value, key_mask, maximum, total, context, **options
@@ -178,7 +180,7 @@ def _summary_gradients(ctx: Any, _: Tensor, grad_total: Tensor, grad_weighted_su
         def forward(key: Tensor, value: Tensor) -> Sequence[Tensor]:
             return reference.summarize_context(key, value, key_mask=key_mask, **options)[1:3]
 
-        gradients = _reference_gradients(forward, (key, value), [grad_total, grad_weighted_sum])
+        gradients = reference_gradients(forward, (key, value), [grad_total, grad_weighted_sum])
     else:
         gradients = summarize_context_backward(grad_total, grad_weighted_sum, key, value, key_mask, maximum, **options)
     return *gradients, None, None, None
@@ -196,30 +198,10 @@ def _attend_gradients(ctx: Any, grad_output: Tensor):
         def forward(query: Tensor, context: Tensor) -> Sequence[Tensor]:
             return [reference.apply_context(query, context, ctx.normalization, ctx.scale)]
 
-        gradients = _reference_gradients(forward, (query, context), [grad_output])
+        gradients = reference_gradients(forward, (query, context), [grad_output])
     else:
         gradients = attend_context_backward(grad_output, query, context, ctx.normalization, ctx.scale)
     return *gradients, None, None
-
-
-def _reference_gradients(
-    forward: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, for the inputs that need one."""
-    with torch.enable_grad():
-        outputs = forward(*inputs)
-        wanted = [tensor for tensor in inputs if tensor.requires_grad]
-        pairs = [(output, grad) for output, grad in zip(outputs, grad_outputs) if output.requires_grad]
-        gradients = iter(
-            torch.autograd.grad(
-                [output for output, _ in pairs],
-                wanted,
-                [grad for _, grad in pairs],
-                create_graph=True,
-                allow_unused=True,
-            )
-        )
-    return [next(gradients) if tensor.requires_grad else None for tensor in inputs]
 
 
 efficient_attention.register_autograd(_attention_gradients, setup_context=_save_attention)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lineara.ops.precision import accumulation_dtype
+
 
 class ContextSummary(NamedTuple):
     """What efficient attention keeps of a set of keys and values; `merge_contexts` joins two of them exactly.
@@ -32,7 +34,7 @@ class ContextSummary(NamedTuple):
 def efficient_attention(
     query: Tensor, key: Tensor, value: Tensor, *, normalization: str, scale: float, key_mask: Tensor | None
 ) -> Tensor:
-    context = _context(key, value, normalization, scale, key_mask)
+    context = context_of(key, value, normalization, scale, key_mask)
     return apply_context(query, context, normalization, scale)
 
 
@@ -41,7 +43,7 @@ def summarize_context(
 ) -> ContextSummary:
     num_valid = count_positions(key, key_mask)  # (B, H, K)
     fill = -torch.inf if normalization == "softmax" else 0.0
-    key, value = _prepare(key, value, scale, key_mask, fill)  # (B, H, M, K), (B, H, M, V)
+    key, value = prepare(key, value, scale, key_mask, fill)  # (B, H, M, K), (B, H, M, V)
     if normalization == "scaling":
         return ContextSummary(torch.zeros_like(num_valid), num_valid, key.mT @ value, normalization, scale)
     maximum = position_maximum(key).detach()  # (B, H, K)
@@ -69,7 +71,7 @@ def attend_context(query: Tensor, summary: ContextSummary) -> Tensor:
 
 
 def apply_context(query: Tensor, context: Tensor, normalization: str, scale: float) -> Tensor:
-    scaled = _scaled(query, scale)  # (B, H, N, K)
+    scaled = times_scale(query, scale)  # (B, H, N, K)
     weights = scaled.softmax(dim=3) if normalization == "softmax" else scaled
     return (weights @ context).to(query.dtype)  # (B, H, N, V)
 
@@ -101,16 +103,12 @@ def finite_shift(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -torch.inf, 0.0)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _context(key: Tensor, value: Tensor, normalization: str, scale: float, key_mask: Tensor | None) -> Tensor:
+def context_of(key: Tensor, value: Tensor, normalization: str, scale: float, key_mask: Tensor | None) -> Tensor:
     """rho_k(K)^T V: (B, H, K, V). (A function, so that its long tensors are gone when the queries' turn comes.)"""
     softmax = normalization == "softmax"
     # The lowest number, not -inf, so that the softmax of an item without valid positions is not NaN.
     fill = torch.finfo(accumulation_dtype(key.dtype)).min if softmax else 0.0
-    key, value = _prepare(key, value, scale, key_mask, fill)  # (B, H, M, K), (B, H, M, V)
+    key, value = prepare(key, value, scale, key_mask, fill)  # (B, H, M, K), (B, H, M, V)
     if not softmax:
         num_valid = count_positions(key, key_mask).clamp_min(1.0)  # (B, H, K)
         return key.mT @ value / num_valid[..., None]
@@ -120,9 +118,9 @@ def _context(key: Tensor, value: Tensor, normalization: str, scale: float, key_m
     return weights.mT @ value
 
 
-def _prepare(key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None, fill: float) -> tuple[Tensor, Tensor]:
+def prepare(key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None, fill: float) -> tuple[Tensor, Tensor]:
     """Key (scaled) and value in the dtype of sums; `fill` and 0 in place of what masked positions hold."""
-    key, value = _scaled(key, scale), value.to(accumulation_dtype(value.dtype))
+    key, value = times_scale(key, scale), value.to(accumulation_dtype(value.dtype))
     if key_mask is None:
         return key, value
     hidden = ~key_mask[:, None, :, None]  # (B, 1, M, 1)
@@ -130,6 +128,6 @@ def _prepare(key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None, 
     return key.masked_fill(hidden, fill), value.masked_fill(hidden, 0.0)
 
 
-def _scaled(tensor: Tensor, scale: float) -> Tensor:
+def times_scale(tensor: Tensor, scale: float) -> Tensor:
     tensor = tensor.to(accumulation_dtype(tensor.dtype))
     return tensor if scale == 1.0 else tensor * scale

@@ -1,0 +1,76 @@
+"""The public door of kernel attention: signature, meaning and checks."""
+
+from torch import Tensor
+
+from lineara.ops.blocks import fits_one_block
+from lineara.ops.checks import (
+    check_choice,
+    check_forward_mode,
+    check_key_and_value,
+    check_key_mask,
+    check_query_and_key,
+    check_scale,
+)
+from lineara.ops.dispatch import choose_implementation
+from lineara.ops.kernel import operators, reference
+from lineara.ops.precision import without_autocast
+
+FEATURE_MAPS = ("relu", "elu")
+
+
+def kernel_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: str = "elu",
+    scale: float = 1.0,
+    key_mask: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention with a kernel in place of the softmax, in time and memory linear in the number of positions.
+
+        o_i = phi(q_i) C / (phi(q_i) . z),   C = sum_j phi(k_j)^T v_j,   z = sum_j phi(k_j)
+
+    phi(x) is relu(scale x) or elu(scale x) + 1, channel by channel. The implied attention weights
+    phi(q_i) . phi(k_j) / (phi(q_i) . z) are non-negative and sum to 1; where the denominator is 0, which relu allows,
+    the output is 0. (With softmaxes as feature maps this is `efficient_attention`.)
+
+    Args:
+        query: (batch, heads, query positions, key channels); float64, float32, bfloat16 or float16, any strides.
+        key: (batch, heads, key positions, key channels), of the same dtype.
+        value: (batch, heads, key positions, value channels), of the same dtype.
+        feature_map: `"relu"` or `"elu"`, which is elu + 1.
+        scale: multiplies both query and key; under relu a positive one changes nothing.
+        key_mask: boolean (batch, key positions), True = takes part. What a masked position holds, NaN and inf
+            included, reaches neither the output nor a gradient. An item without a valid position gives zeros.
+        impl: `"auto"`, `"reference"` or `"streaming"`: the means, never the mathematics.
+
+    Returns:
+        (batch, heads, query positions, value channels), in the dtype of the inputs. Sums are kept in float32, or in
+        float64 for float64 inputs.
+
+    Raises:
+        ValueError: for shapes or devices that do not fit, or an unknown `feature_map` or `impl`.
+        TypeError: for dtypes that differ or are not floating point, or a mask that is not boolean.
+
+    Cost: O((N + M) K V) time for N query positions, M key positions, K key and V value channels per head. Memory
+    beyond inputs and output: O(N K + M (K + V)) with `"reference"`; O(K V) and buffers of constant size with
+    `"streaming"`, to which inputs of up to 2 Mi elements are one block.
+
+    Source: Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs: Fast Autoregressive Transformers with Linear
+    Attention", ICML 2020, arXiv 2006.16236, equations 4 to 7 (elu + 1). Masks and `scale` are ours.
+
+    Gradients of any order are supported. For torch.func transforms use `impl="reference"`.
+    """
+    check_key_and_value(key, value)
+    check_query_and_key(query, key)
+    check_key_mask(key_mask, key)
+    check_choice("feature_map", feature_map, FEATURE_MAPS)
+    check_scale(scale)
+    implementation = choose_implementation("kernel_attention", impl, query)
+    if implementation == "streaming" and not fits_one_block(query, key, value):
+        check_forward_mode(query, key, value)
+        return operators.kernel_attention(query, key, value, key_mask, feature_map, float(scale))[0]
+    with without_autocast(query):
+        return reference.kernel_attention(query, key, value, feature_map=feature_map, scale=scale, key_mask=key_mask)

@@ -1,0 +1,42 @@
+"""Kernel attention in plain PyTorch: the definition of what is right, on any device.
+
+Letters in comments: B batch, H heads, N query positions, M key positions, K key channels, V value channels.
+"""
+
+import torch
+from torch import Tensor
+
+from lineara.ops.efficient.reference import prepare, times_scale
+
+
+def kernel_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, feature_map: str, scale: float, key_mask: Tensor | None
+) -> Tensor:
+    total, weighted_sum = summarize(key, value, feature_map, scale, key_mask)
+    return apply(query, total, weighted_sum, feature_map, scale)
+
+
+def summarize(
+    key: Tensor, value: Tensor, feature_map: str, scale: float, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The sums over positions of phi(key), (B, H, K), and of phi(key)^T value, (B, H, K, V)."""
+    key, value = prepare(key, value, scale, key_mask, 0.0)  # (B, H, M, K), (B, H, M, V)
+    weights = features(key, feature_map)
+    if key_mask is not None:
+        weights = weights.masked_fill(~key_mask[:, None, :, None], 0.0)
+    return weights.sum(dim=2), weights.mT @ value
+
+
+def apply(query: Tensor, total: Tensor, weighted_sum: Tensor, feature_map: str, scale: float) -> Tensor:
+    weights = features(times_scale(query, scale), feature_map)  # (B, H, N, K)
+    denominator = weights @ total[..., None]  # (B, H, N, 1)
+    defined = denominator > 0
+    inverse = torch.where(defined, denominator, 1.0).reciprocal() * defined
+    return (weights @ weighted_sum * inverse).to(query.dtype)  # (B, H, N, V)
+
+
+def features(tensor: Tensor, feature_map: str) -> Tensor:
+    """relu(x), or elu(x) + 1, which is written such that it keeps its digits where it is small."""
+    if feature_map == "relu":
+        return tensor.relu()
+    return tensor.clamp_max(0.0).exp() + tensor.relu()

@@ -1,0 +1,180 @@
+"""The public door of multiresolution attention: signature, meaning and checks."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lineara.ops.blocks import fits_one_block
+from lineara.ops.checks import (
+    check_choice,
+    check_forward_mode,
+    check_key_and_value,
+    check_key_mask,
+    check_query_and_key,
+    check_same_dtype_and_device,
+    check_scale,
+)
+from lineara.ops.dispatch import choose_implementation
+from lineara.ops.multiresolution import operators, reference
+from lineara.ops.precision import without_autocast
+
+COMPRESSIONS = ("mean", "max", "conv")
+FEATURE_MAPS = ("softmax", "relu", "elu")
+
+
+def multiresolution_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    resolutions: Sequence[int],
+    compression: str = "mean",
+    feature_map: str = "softmax",
+    gate: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    value_weight: Tensor | None = None,
+    key_shape: Sequence[int] | None = None,
+    scale: float = 1.0,
+    key_mask: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Linear attention whose heads see keys and values at different resolutions, and queries that choose among them.
+
+        k^_h[j] = f(k_h[r_h j], ..., k_h[r_h j + r_h - 1])       windows of r_h positions, v^_h likewise
+        C_h = sum_j phi_k(k^_h[j])^T v^_h[j],   z_h = sum_j phi_k(k^_h[j])
+        y_ih = g_ih phi_q(q_ih) C_h / (phi_q(q_ih) . z_h)
+
+    Under the feature map `"softmax"`, phi_q is the softmax over channels and phi_k over windows, as in
+    `efficient_attention`, which one resolution of 1 without a gate gives exactly; with `"relu"` and `"elu"` that is
+    `kernel_attention`. A window is compressed by the mean of its valid positions, by their maximum, or by
+    a weighted sum per channel (`"conv"`, a strided depthwise convolution) that is divided by the share of its positions
+    that are valid, so that weights of 1 / positions are the mean. The last window may be partial; a window without a
+    valid position does not exist.
+
+    Args:
+        query: (batch, heads, query positions, key channels); float64, float32, bfloat16 or float16, any strides.
+        key: (batch, heads, key positions, key channels), of the same dtype.
+        value: (batch, heads, key positions, value channels), of the same dtype.
+        resolutions: for every head, the number of positions r_h >= 1 that one key stands for, along each axis of
+            `key_shape`. Heads of the same resolution are computed together where they are neighbours.
+        compression: `"mean"`, `"max"` or `"conv"`.
+        feature_map: `"softmax"`, `"relu"` or `"elu"` (elu + 1).
+        gate: (batch, heads, query positions), multiplies the output of each head: 0 where a query does not use it.
+        key_weight: under `"conv"`, (heads, key channels, positions of the largest window); a head of a smaller window
+            reads its first entries, row by row over the window.
+        value_weight: under `"conv"`, (heads, value channels, positions of the largest window).
+        key_shape: sizes of the grid that the key positions lie on, row by row, such as (height, width): windows are
+            then r_h x r_h squares. None is a sequence.
+        scale: multiplies both query and (compressed) key.
+        key_mask: boolean (batch, key positions), True = takes part. What a masked position holds, NaN and inf
+            included, reaches neither the output nor a gradient. An item without a valid position gives zeros.
+        impl: `"auto"`, `"reference"` or `"streaming"`: the means, never the mathematics.
+
+    Returns:
+        (batch, heads, query positions, value channels), in the dtype of the inputs. Sums are kept in float32, or in
+        float64 for float64 inputs.
+
+    Raises:
+        ValueError: for shapes, resolutions or devices that do not fit, weights without `"conv"` or the reverse, or an
+            unknown `compression`, `feature_map` or `impl`.
+        TypeError: for dtypes that differ or are not floating point, a mask that is not boolean, or resolutions that are
+            not integers.
+
+    Cost: O(M (K + V) + (N + M / r) K V) time for N query positions, M key positions, K key and V value channels per
+    head. Memory beyond inputs and output: O(N K + M (K + V)) with `"reference"`; with `"streaming"` O(K V), buffers of
+    constant size, and M / r positions of those heads that compress, none of it kept for the backward pass.
+
+    Source: our reading of Zhang, Ma, Seidl, Tresp, "Adaptive Multi-Resolution Attention with Linear Complexity", arXiv
+    2108.04962. Its abstract states heads of different resolution, each query's choice among them, and kernel attention;
+    how windows are compressed, the feature maps, masks and partial windows are our choice.
+
+    Gradients of any order are supported. For torch.func transforms use `impl="reference"`.
+    """
+    check_key_and_value(key, value)
+    check_query_and_key(query, key)
+    check_key_mask(key_mask, key)
+    check_choice("compression", compression, COMPRESSIONS)
+    check_choice("feature_map", feature_map, FEATURE_MAPS)
+    check_scale(scale)
+    _check_resolutions(resolutions, query)
+    key_shape = _checked_shape(key_shape, key)
+    _check_gate(gate, query)
+    _check_weights(key_weight, value_weight, key, value, compression, max(resolutions) ** len(key_shape))
+    implementation = choose_implementation("multiresolution_attention", impl, query)
+    if implementation == "streaming" and not fits_one_block(query, key, value):
+        tensors = (query, key, value, gate, key_weight, value_weight)
+        check_forward_mode(*(tensor for tensor in tensors if tensor is not None))
+        return operators.multiresolution_attention(
+            *tensors, key_mask, list(resolutions), list(key_shape), compression, feature_map, float(scale)
+        )[0]
+    with without_autocast(query):
+        return reference.multiresolution_attention(
+            query,
+            key,
+            value,
+            resolutions=resolutions,
+            key_shape=key_shape,
+            compression=compression,
+            feature_map=feature_map,
+            gate=gate,
+            key_weight=key_weight,
+            value_weight=value_weight,
+            scale=scale,
+            key_mask=key_mask,
+        )
+
+
+def _check_resolutions(resolutions: Sequence[int], query: Tensor) -> None:
+    if isinstance(resolutions, str) or not isinstance(resolutions, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"resolutions must be a sequence of integers, got {type(resolutions).__name__}")
+    if len(resolutions) != query.shape[1]:
+        raise ValueError(
+            f"resolutions must have one entry for each of the {query.shape[1]} heads, got {len(resolutions)}"
+        )
+    for resolution in resolutions:
+        if isinstance(resolution, bool) or not isinstance(resolution, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"resolutions must be integers, got {resolution!r}")
+        if resolution < 1:
+            raise ValueError(f"resolutions must be at least 1, got {resolution}")
+
+
+def _checked_shape(key_shape: Sequence[int] | None, key: Tensor) -> tuple[int, ...]:
+    if key_shape is None:
+        return (key.shape[2],)
+    if not key_shape or math.prod(key_shape) != key.shape[2]:
+        raise ValueError(
+            f"the product of key_shape must be the number of key positions, got {tuple(key_shape)} and {key.shape[2]}"
+        )
+    return tuple(key_shape)
+
+
+def _check_gate(gate: Tensor | None, query: Tensor) -> None:
+    if gate is None:
+        return
+    if tuple(gate.shape) != tuple(query.shape[:3]):
+        raise ValueError(
+            f"gate must have the shape (batch, heads, query positions) = {tuple(query.shape[:3])}, "
+            f"got {tuple(gate.shape)}"
+        )
+    check_same_dtype_and_device(("query", "gate"), (query, gate))
+
+
+def _check_weights(
+    key_weight: Tensor | None, value_weight: Tensor | None, key: Tensor, value: Tensor, compression: str, size: int
+) -> None:
+    for name, weight, tensor in (("key_weight", key_weight, key), ("value_weight", value_weight, value)):
+        if (weight is not None) != (compression == "conv"):
+            raise ValueError(
+                f"{name} must be given with compression='conv' and not otherwise, got compression={compression!r} "
+                f"and {'a weight' if weight is not None else 'None'}"
+            )
+        if weight is None:
+            continue
+        expected = (tensor.shape[1], tensor.shape[3], size)
+        if tuple(weight.shape) != expected:
+            raise ValueError(
+                f"{name} must have the shape (heads, channels, positions of the largest window) = {expected}, "
+                f"got {tuple(weight.shape)}"
+            )
+        check_same_dtype_and_device((name.removesuffix("_weight"), name), (tensor, weight))

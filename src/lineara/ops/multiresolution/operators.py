@@ -1,0 +1,164 @@
+"""The streaming implementation of multiresolution attention as an operator of torch.library."""
+
+# pyright: reportUnknownMemberType=false
+# (torch.library types its registrations only in part)
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from lineara.ops.differentiation import reference_gradients
+from lineara.ops.kernel import streaming as kernel
+from lineara.ops.multiresolution import reference, streaming
+from lineara.ops.multiresolution.streaming import Compression
+from lineara.ops.precision import accumulation_dtype
+
+
+@custom_op("lineara::multiresolution_attention", mutates_args=())
+def multiresolution_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    key_weight: Tensor | None,
+    value_weight: Tensor | None,
+    key_mask: Tensor | None,
+    resolutions: Sequence[int],
+    key_shape: Sequence[int],
+    compression: str,
+    feature_map: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output, and what the backward pass needs beside the inputs: maximum, total and context."""
+    maximum, total, context = streaming.summarize(
+        key,
+        value,
+        key_mask,
+        key_weight,
+        value_weight,
+        Compression(resolutions, key_shape, compression),
+        feature_map,
+        scale,
+    )
+    return kernel.attend(query, total, context, gate, feature_map, scale), maximum, total, context
+
+
+@custom_op("lineara::multiresolution_attention_backward", mutates_args=())
+def multiresolution_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    key_weight: Tensor | None,
+    value_weight: Tensor | None,
+    key_mask: Tensor | None,
+    maximum: Tensor,
+    total: Tensor,
+    context: Tensor,
+    resolutions: Sequence[int],
+    key_shape: Sequence[int],
+    compression: str,
+    feature_map: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, gate and both weights; empty for what is not there."""
+    grad_query, grad_total, grad_context, grad_gate = kernel.attend_backward(
+        grad_output, query, total, context, gate, feature_map, scale
+    )
+    grad_key, grad_value, grad_key_weight, grad_value_weight = streaming.summarize_backward(
+        grad_total,
+        grad_context,
+        key,
+        value,
+        key_mask,
+        key_weight,
+        value_weight,
+        maximum,
+        total,
+        context,
+        Compression(resolutions, key_shape, compression),
+        feature_map,
+        scale,
+    )
+    nothing = query.new_empty(0)
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        nothing if grad_gate is None else grad_gate,
+        nothing.clone() if grad_key_weight is None else grad_key_weight,
+        nothing.clone() if grad_value_weight is None else grad_value_weight,
+    )
+
+
+@multiresolution_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any):
+    batch, heads, key_dim = key.shape[0], key.shape[1], key.shape[3]
+    maximum = key.new_empty((batch, heads, key_dim), dtype=accumulation_dtype(key.dtype))
+    context = maximum.new_empty((batch, heads, key_dim, value.shape[3]))
+    output = query.new_empty((*query.shape[:3], value.shape[3]))
+    return output, maximum, torch.empty_like(maximum), context
+
+
+@multiresolution_attention_backward.register_fake
+def _(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    key_weight: Tensor | None,
+    value_weight: Tensor | None,
+    *_: Any,
+):
+    optional = (gate, key_weight, value_weight)
+    return tuple(
+        query.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in (query, key, value, *optional)
+    )
+
+
+_NUM_TENSORS = 6  # that have gradients: query, key, value, gate and both weights
+_NUM_OPTIONS = 6  # that have none
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, key_mask, ctx.resolutions, ctx.key_shape, ctx.compression, ctx.feature_map, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, key_mask, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_output: Tensor | None, *_: None):
+    *tensors, key_mask, maximum, total, context = ctx.saved_tensors
+    options = {name: getattr(ctx, name) for name in ("resolutions", "key_shape", "compression", "feature_map", "scale")}
+    if grad_output is None:
+        return (None,) * (_NUM_TENSORS + _NUM_OPTIONS)
+    if torch.is_grad_enabled():
+        gradients = _differentiable_gradients(tensors, key_mask, grad_output, options)
+    else:
+        given = multiresolution_attention_backward(grad_output, *tensors, key_mask, maximum, total, context, **options)
+        gradients = [None if tensor is None else grad for tensor, grad in zip(tensors, given)]
+    return *gradients, *((None,) * _NUM_OPTIONS)
+
+
+def _differentiable_gradients(
+    tensors: Sequence[Tensor | None], key_mask: Tensor | None, grad_output: Tensor, options: dict[str, Any]
+) -> list[Tensor | None]:
+    there = [tensor for tensor in tensors if tensor is not None]
+
+    def forward(*given: Tensor) -> Sequence[Tensor]:
+        values = iter(given)
+        names = ("gate", "key_weight", "value_weight")
+        query, key, value = (next(values) for _ in range(3))
+        optional = {name: None if tensor is None else next(values) for name, tensor in zip(names, tensors[3:])}
+        return [reference.multiresolution_attention(query, key, value, key_mask=key_mask, **optional, **options)]
+
+    gradients = iter(reference_gradients(forward, there, [grad_output]))
+    return [None if tensor is None else next(gradients) for tensor in tensors]
+
+
+multiresolution_attention.register_autograd(_gradients, setup_context=_save)

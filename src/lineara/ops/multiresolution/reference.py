@@ -1,0 +1,102 @@
+"""Multiresolution attention in plain PyTorch: the definition of what is right, on any device.
+
+Letters in comments: B batch, H heads, h heads of one resolution, N query positions, M key positions, J windows,
+W positions of a window, D channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lineara.ops.efficient import reference as efficient
+from lineara.ops.kernel import reference as kernel
+from lineara.ops.precision import accumulation_dtype
+
+
+def multiresolution_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    resolutions: Sequence[int],
+    key_shape: Sequence[int],
+    compression: str,
+    feature_map: str,
+    gate: Tensor | None,
+    key_weight: Tensor | None,
+    value_weight: Tensor | None,
+    scale: float,
+    key_mask: Tensor | None,
+) -> Tensor:
+    contexts: list[Tensor] = []
+    totals: list[Tensor] = []
+    for heads, resolution in groups(resolutions):
+        k, mask = _compress(key[:, heads], resolution, key_shape, compression, key_weight, heads, key_mask)
+        v, _ = _compress(value[:, heads], resolution, key_shape, compression, value_weight, heads, key_mask)
+        if feature_map == "softmax":
+            context = efficient.context_of(k, v, "softmax", scale, mask)  # (B, h, K, V)
+        else:
+            total, context = kernel.summarize(k, v, feature_map, scale, mask)  # (B, h, K), (B, h, K, V)
+            totals.append(total)
+        contexts.append(context)
+    context = torch.cat(contexts, dim=1)  # (B, H, K, V)
+    if feature_map == "softmax":
+        output = efficient.apply_context(query, context, "softmax", scale)
+    else:
+        output = kernel.apply(query, torch.cat(totals, dim=1), context, feature_map, scale)
+    return output if gate is None else output * gate[..., None]
+
+
+def groups(resolutions: Sequence[int]) -> list[tuple[slice, int]]:
+    """Neighbouring heads of one resolution, so that they are computed together."""
+    starts = [i for i, r in enumerate(resolutions) if i == 0 or r != resolutions[i - 1]]
+    return [(slice(i, j), resolutions[i]) for i, j in zip(starts, [*starts[1:], len(resolutions)])]
+
+
+def on_grid(tensor: Tensor, sizes: Sequence[int], axis: int = 2) -> Tensor:
+    """The axis of positions as a grid: (B, h, M, D) to (B, h, *sizes, D), a view."""
+    return tensor.unflatten(axis, tuple(sizes))  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] - torch has no types for it
+
+
+def _compress(
+    tensor: Tensor,
+    resolution: int,
+    key_shape: Sequence[int],
+    compression: str,
+    weight: Tensor | None,
+    heads: slice,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """One position in place of every window: (B, h, J, D), and which windows hold a valid one, (B, J)."""
+    if resolution == 1 and compression != "conv":
+        return tensor, key_mask
+    tensor = tensor.to(accumulation_dtype(tensor.dtype))
+    mask = tensor.new_ones((1, tensor.shape[2]), dtype=torch.bool) if key_mask is None else key_mask
+    valid = _windows(mask[:, None, :, None], resolution, key_shape)  # (B, 1, J, W, 1); False beyond the end
+    windows = _windows(tensor, resolution, key_shape)  # (B, h, J, W, D)
+    exists = None if key_mask is None else valid.any(dim=3)[:, 0, :, 0]  # (B, J)
+    if compression == "max":
+        largest = windows.masked_fill(~valid, -torch.inf).amax(dim=3)
+        return largest.masked_fill(~valid.any(dim=3), 0.0), exists
+    windows = windows.masked_fill(~valid, 0.0)
+    num_valid = valid.sum(dim=3).clamp_min(1).to(tensor.dtype)  # (B, 1, J, 1)
+    if weight is None:
+        return windows.sum(dim=3) / num_valid, exists
+    size = windows.shape[3]
+    weights = weight[heads, :, :size].to(tensor.dtype).mT[None, :, None]  # (1, h, 1, W, D)
+    return (windows * weights).sum(dim=3) * (size / num_valid), exists
+
+
+def _windows(tensor: Tensor, resolution: int, key_shape: Sequence[int]) -> Tensor:
+    """(B, h, M, D) to (B, h, J, W, D): the grid of positions cut into cubes, padded with zeros to whole ones."""
+    tensor = on_grid(tensor, key_shape)  # (B, h, *key_shape, D)
+    missing = [-size % resolution for size in key_shape]
+    if any(missing):
+        tensor = pad(tensor, [0, 0, *(side for size in reversed(missing) for side in (0, size))])
+    for axis in range(len(key_shape)):
+        tensor = on_grid(tensor, (-1, resolution), axis=2 + 2 * axis)  # in the end (B, h, J1, r, J2, r, ..., D)
+    num_axes = len(key_shape)
+    tensor = tensor.movedim([3 + 2 * axis for axis in range(num_axes)], [-1 - num_axes + i for i in range(num_axes)])
+    return tensor.flatten(2 + num_axes, 1 + 2 * num_axes).flatten(2, 1 + num_axes)
