@@ -122,6 +122,68 @@ def test_dropout_acts_on_the_embedding_while_training_only():
     assert not torch.allclose(model.eval()(tokens, mask=mask), nothing)
 
 
+# Two sequences.
+
+
+def pairs(lengths, width):
+    """Random tokens of (batch, 2, width), and their mask, from a list of pairs of lengths."""
+    mask = torch.arange(width) < torch.tensor(lengths)[:, :, None]
+    return torch.randint(1, VOCAB, mask.shape) * mask, mask
+
+
+@ATTENTIONS
+def test_the_head_of_a_pair_sees_both_means_their_product_and_their_difference(attention):
+    model = make(attention, num_sequences=2)
+    single = make(attention)
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("head")}
+    single.load_state_dict(weights, strict=False)
+    single.head = nn.Identity()
+    tokens, mask = pairs([(3, 7), (11, 5), (2, 13)], 13)
+    a, b = (single(tokens[:, i], mask=mask[:, i]) for i in (0, 1))
+    assert a.shape == (3, 6)
+    assert model.head[0].in_features == 24
+    torch.testing.assert_close(model(tokens, mask=mask), model.head(torch.cat([a, b, a * b, a - b], dim=1)))
+    assert model(tokens, mask=mask).shape == (3, CLASSES)
+
+
+@ATTENTIONS
+def test_pairs_do_not_see_each_other_and_their_padding_does_not_count(attention):
+    model = make(attention, num_sequences=2)
+    tokens, mask = pairs([(3, 7), (11, 5)], 13)
+    together = model(tokens, mask=mask)
+    for index, width in enumerate((7, 11)):
+        alone = tokens[index, None, :, :width], mask[index, None, :, :width]
+        torch.testing.assert_close(together[index, None], model(alone[0], mask=alone[1]))
+    whole, everything = pairs([(13, 13)], 13)
+    torch.testing.assert_close(model(whole), model(whole, mask=everything))
+
+
+def test_the_order_of_a_pair_does_matter():
+    model = make(num_sequences=2)
+    tokens, mask = pairs([(3, 7)], 7)
+    assert not torch.allclose(model(tokens.flip(1), mask=mask.flip(1)), model(tokens, mask=mask))
+
+
+@pytest.mark.parametrize("shape", [(2, 24), (2, 7), (3, 3, 5), (2, 2, 24), (2, 2, 2, 5)])
+def test_pairs_of_another_shape_or_too_long_are_refused(shape):
+    sentence = r"^tokens must have the shape \(batch, 2, positions\) with at most max_len=23 positions, got "
+    with pytest.raises(ValueError, match=sentence):
+        make(num_sequences=2)(torch.ones(shape, dtype=torch.int64))
+
+
+def test_a_mask_that_is_not_of_the_pairs_shape_is_refused():
+    tokens, mask = pairs([(3, 7), (5, 2)], 7)
+    for wrong in (mask[:, 0], mask[:, :, :5], mask.flatten(0, 1)):
+        with pytest.raises(ValueError, match=r"^mask must have the shape of tokens, \(2, 2, 7\), got \("):
+            make(num_sequences=2)(tokens, mask=wrong)
+
+
+@pytest.mark.parametrize("num_sequences", [0, 3])
+def test_a_number_of_sequences_other_than_one_or_two_is_refused(num_sequences):
+    with pytest.raises(ValueError, match=rf"^num_sequences must be 1 or 2, got {num_sequences}$"):
+        make(num_sequences=num_sequences)
+
+
 # What does not matter.
 
 

@@ -17,6 +17,9 @@ class SequenceClassifier(nn.Module):
     0.1, head Linear(64, 128)-ReLU-Linear; its 2 heads are for `attention` to have. We differ in one point: the mean
     runs over the valid positions only.
 
+    With `num_sequences` 2 it compares two sequences: both are encoded by the same weights, and the head sees
+    [a, b, a * b, a - b] of their means a and b.
+
     Args:
         vocab_size: number of token ids; 0 is padding.
         num_classes: number of classes.
@@ -28,6 +31,7 @@ class SequenceClassifier(nn.Module):
         mlp_dim: channels inside the feed-forward part of a block.
         head_dim: channels inside the classifier head.
         dropout: probability, after the embedding and in the blocks.
+        num_sequences: sequences per example, 1 or 2.
 
     Source: Tay et al., "Long Range Arena", ICLR 2021, arXiv 2011.04006; settings as in mlpen/Nystromformer.
 
@@ -49,8 +53,12 @@ class SequenceClassifier(nn.Module):
         mlp_dim: int = 128,
         head_dim: int = 128,
         dropout: float = 0.1,
+        num_sequences: int = 1,
     ) -> None:
         super().__init__()
+        if num_sequences not in (1, 2):
+            raise ValueError(f"num_sequences must be 1 or 2, got {num_sequences}")
+        self.num_sequences = num_sequences
         self.max_len = max_len
         self.embedding = nn.Embedding(vocab_size, dim, padding_idx=0)
         self.positions = nn.Parameter(torch.empty(max_len, dim))
@@ -59,34 +67,47 @@ class SequenceClassifier(nn.Module):
             EncoderBlock(dim, attention(dim), mlp_dim=mlp_dim, dropout=dropout) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Sequential(nn.Linear(dim, head_dim), nn.ReLU(), nn.Linear(head_dim, num_classes))
+        features = dim if num_sequences == 1 else 4 * dim
+        self.head = nn.Sequential(nn.Linear(features, head_dim), nn.ReLU(), nn.Linear(head_dim, num_classes))
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
         with torch.no_grad():
             self.embedding.weight[0].zero_()
 
     def forward(self, tokens: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Classify token sequences.
+        """Classify token sequences, or pairs of them.
 
         Args:
-            tokens: integer (batch, positions), ids below vocab_size.
-            mask: boolean (batch, positions), True = a token, False = padding; None means that every position is valid.
+            tokens: integer (batch, positions), with `num_sequences` 2 (batch, 2, positions); ids below vocab_size.
+            mask: boolean, of the shape of tokens, True = a token, False = padding; None means that every position is
+                valid.
 
         Returns:
             Logits (batch, num_classes).
 
         Raises:
-            ValueError: for tokens of another shape or sequences longer than max_len.
+            ValueError: for tokens or a mask of another shape, or sequences longer than max_len.
         """
-        if tokens.dim() != 2 or tokens.shape[1] > self.max_len:
+        pairs = self.num_sequences == 2
+        if tokens.dim() != 2 + pairs or tokens.shape[-1] > self.max_len or (pairs and tokens.shape[1] != 2):
+            shape = "(batch, 2, positions)" if pairs else "(batch, positions)"
             raise ValueError(
-                f"tokens must have the shape (batch, positions) with at most max_len={self.max_len} positions, "
+                f"tokens must have the shape {shape} with at most max_len={self.max_len} positions, "
                 f"got {tuple(tokens.shape)}"
             )
+        if mask is not None and mask.shape != tokens.shape:
+            raise ValueError(f"mask must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(mask.shape)}")
+        if not pairs:
+            return self.head(self._encode(tokens, mask))
+        means = self._encode(tokens.flatten(0, 1), None if mask is None else mask.flatten(0, 1))  # (2B, dim)
+        a, b = means.unflatten(0, (-1, 2)).unbind(dim=1)  # (B, dim) each
+        return self.head(torch.cat([a, b, a * b, a - b], dim=1))
+
+    def _encode(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         x = self.dropout(self.embedding(tokens) + self.positions[: tokens.shape[1]])  # (B, N, dim)
         for block in self.blocks:
             x = block(x, key_mask=mask)
-        return self.head(_mean_over_valid(self.norm(x), mask))
+        return _mean_over_valid(self.norm(x), mask)  # (B, dim)
 
 
 def _mean_over_valid(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,75 +1,97 @@
-"""Examples to batches: what a batch holds, which batches an epoch has, and where the examples come from."""
+"""Examples to batches: what a batch holds, which batches an epoch has, and what every data module does."""
+
+import math
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 
-from lineara.tasks.long_range_arena import ListOpsData
-from lineara.tasks.long_range_arena.data import LengthBucketSampler, SequenceBatches
-from lineara.tasks.long_range_arena.listops import ListOpsExamples, decode, encode, evaluate
+from lineara.tasks.long_range_arena.data import LengthBucketSampler, SequenceBatches, SequenceData
+from lineara.tasks.long_range_arena.examples import SequenceExamples
 
-FEW = {"num_train": 230, "num_val": 40, "num_test": 30, "min_len": 5, "max_len": 30, "num_workers": 1}
-HEADER = "Source\tTarget\n"
+SPLITS = ("train", "val", "test")
 
 
-@pytest.fixture(scope="module")
-def generated(tmp_path_factory):
-    """A folder that holds the set of `FEW`."""
-    folder = tmp_path_factory.mktemp("data")
-    ListOpsData(data_root=str(folder), **FEW).prepare_data()
-    return folder
+def examples_of(*sequences, labels=None):
+    """Sequences of bytes, labelled by their lengths unless told otherwise."""
+    offsets = np.cumsum([0, *map(len, sequences)], dtype=np.int64)
+    labels = list(map(len, sequences)) if labels is None else labels
+    return SequenceExamples(np.array(list(chain(*sequences)), np.uint8), offsets, np.array(labels, np.uint8))
+
+
+class Few(SequenceData):
+    """Splits from memory; example i of a split is [start + i] as often as it is long."""
+
+    def __init__(self, *, batch_size=7, shuffle_seed=0, sizes=(230, 40, 30)):
+        super().__init__(batch_size=batch_size, shuffle_seed=shuffle_seed, shift=1)
+        self.sizes = sizes
+        self.times_read = 0
+
+    def source(self):
+        return "memory"
+
+    def read(self):
+        self.times_read += 1
+        random = np.random.default_rng(0)
+        return {
+            split: examples_of(*([i] * random.integers(2, 9) for i in range(size)))
+            for split, size in zip(SPLITS, self.sizes)
+        }
+
+    def describe(self, tokens):
+        return str(tokens)
 
 
 @pytest.fixture
-def data(generated):
-    module = ListOpsData(data_root=str(generated), batch_size=7, **FEW)
+def data():
+    module = Few()
     module.setup("fit")
     return module
-
-
-def examples_of(*expressions):
-    tokens = [encode(expression) for expression in expressions]
-    offsets = np.cumsum([0, *map(len, tokens)])
-    return ListOpsExamples(
-        np.concatenate(tokens), offsets, np.array([evaluate(text) for text in expressions], np.uint8)
-    )
-
-
-def expressions_in(batch):
-    return [decode(tokens[mask].numpy()) for tokens, mask in zip(batch["tokens"], batch["mask"])]
 
 
 # A batch.
 
 
 def test_a_batch_is_padded_tokens_their_mask_and_labels():
-    batch = SequenceBatches(examples_of("[MAX 1 2 ]", "7", "[SM 9 [MIN 3 4 ] ]"))[[2, 1]]
+    batch = SequenceBatches(examples_of([3, 1, 2], [5], [4, 9, 9, 200, 7]))[[2, 1]]
     assert list(batch) == ["tokens", "mask", "label"]
-    assert batch["tokens"].tolist() == [[14, 10, 11, 4, 5, 15, 15], [8, 0, 0, 0, 0, 0, 0]]
-    assert batch["mask"].tolist() == [[True] * 7, [True] + [False] * 6]
-    assert batch["label"].tolist() == [2, 7]
+    assert batch["tokens"].tolist() == [[4, 9, 9, 200, 7], [5, 0, 0, 0, 0]]
+    assert batch["mask"].tolist() == [[True] * 5, [True] + [False] * 4]
+    assert batch["label"].tolist() == [5, 1]
     assert [batch[name].dtype for name in batch] == [torch.int64, torch.bool, torch.int64]
 
 
 def test_a_batch_is_as_wide_as_its_longest_example():
-    batches = SequenceBatches(examples_of("[MAX 1 2 ]", "7", "[SM 9 [MIN 3 4 ] ]"))
+    batches = SequenceBatches(examples_of([3, 1, 2], [5], [4, 9, 9, 200, 7]))
     assert len(batches) == 3
-    assert [tuple(batches[[index]]["tokens"].shape) for index in range(3)] == [(1, 4), (1, 1), (1, 7)]
-    assert tuple(batches[[0, 1]]["tokens"].shape) == (2, 4)
+    assert [tuple(batches[[index]]["tokens"].shape) for index in range(3)] == [(1, 3), (1, 1), (1, 5)]
+    assert tuple(batches[[0, 1]]["tokens"].shape) == (2, 3)
 
 
-@pytest.mark.parametrize("split", ["train", "val", "test", "predict"])
-def test_loaders_give_every_example_once_with_its_value(data, split):
+def test_shifted_zeros_are_tokens_and_others_are_hidden():
+    examples = examples_of([0, 255, 0], [7, 0])
+    shifted = SequenceBatches(examples, 1)[[0, 1]]
+    assert shifted["tokens"].tolist() == [[1, 256, 1], [8, 1, 0]]
+    assert shifted["mask"].tolist() == [[True, True, True], [True, True, False]]
+    hidden = SequenceBatches(examples)[[0, 1]]
+    assert hidden["tokens"].tolist() == [[0, 255, 0], [7, 0, 0]]
+    assert hidden["mask"].tolist() == [[False, True, False], [True, False, False]]
+    assert examples.tokens.tolist() == [0, 255, 0, 7, 0]  # what is held stays as it is
+
+
+@pytest.mark.parametrize("split", [*SPLITS, "predict"])
+def test_loaders_give_every_example_once_with_its_label(data, split):
     loader = getattr(data, f"{split}_dataloader")()
     batches = list(loader)
-    assert len(batches) == len(loader) == -(-len(data.split(split)) // 7)
+    examples = data.split(split)
+    assert len(batches) == len(loader) == -(-len(examples) // 7)
     found = []
     for batch in batches:
-        assert torch.equal(batch["mask"], batch["tokens"] != 0)  # 0 is padding, and nothing else is
-        assert batch["mask"].sum(dim=1).max() == batch["mask"].shape[1]
-        assert [evaluate(expression) for expression in expressions_in(batch)] == batch["label"].tolist()
-        found += expressions_in(batch)
-    assert sorted(found) == sorted(decode(tokens) for tokens, _ in data.split(split))
+        assert batch["mask"].sum(dim=1).tolist() == batch["label"].tolist()
+        assert batch["label"].max() == batch["mask"].shape[1]
+        found += (batch["tokens"][:, 0] - 1).tolist()
+    assert sorted(found) == list(range(len(examples)))
 
 
 # The sampler.
@@ -141,111 +163,84 @@ def test_without_shuffling_batches_run_from_short_to_long(lengths):
 # The data module.
 
 
-def test_the_order_of_training_batches_is_that_of_the_seed(generated, data):
+def first_tokens(loader):
+    return [token for batch in loader for token in batch["tokens"][:, 0].tolist()]
+
+
+def test_the_order_of_training_batches_is_that_of_the_seed(data):
     def epoch(module, number):
         loader = module.train_dataloader()
         loader.sampler.set_epoch(number)
-        return [expressions_in(batch) for batch in loader]
+        return first_tokens(loader)
 
-    again = ListOpsData(data_root=str(generated), batch_size=7, **FEW)
+    again, other = Few(), Few(shuffle_seed=1)
     again.setup("fit")
+    other.setup("fit")
     assert epoch(data, 2) == epoch(again, 2)
     assert epoch(data, 2) != epoch(data, 1)
+    assert epoch(data, 2) != epoch(other, 2)
     again.load_state_dict({"batches_done": 3})
-    assert epoch(again, 2) == epoch(data, 2)[3:]
+    assert epoch(again, 2) == epoch(data, 2)[21:]  # 3 batches of 7
     assert epoch(again, 2) == epoch(data, 2)  # only the first epoch is cut
 
 
-@pytest.mark.parametrize("split", ["train", "val", "test", "predict"])
+@pytest.mark.parametrize("split", [*SPLITS, "predict"])
 def test_loading_draws_no_random_number_of_the_training(data, split):
     before = torch.get_rng_state()
     assert list(getattr(data, f"{split}_dataloader")())
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_each_parameter_of_the_set_counts(generated):
-    one, other = (ListOpsData(data_root=str(generated), **FEW, **options) for options in ({}, {"generator_seed": 1}))
-    for module in (one, other):
-        module.prepare_data()
-        module.setup("fit")
-    assert len(one.split("train")) == 230
-    assert not np.array_equal(one.split("train").tokens, other.split("train").tokens)
-    lengths = np.concatenate([one.split(split).lengths for split in ("train", "val", "test")])
-    assert 5 < lengths.min() <= lengths.max() < 30
-
-
 def test_predicting_takes_the_test_split_in_its_order(data):
-    predicted = [expression for batch in data.predict_dataloader() for expression in expressions_in(batch)]
-    assert predicted == [decode(tokens) for tokens, _ in data.split("test")]
+    assert first_tokens(data.predict_dataloader()) == list(range(1, 31))
+    assert first_tokens(data.test_dataloader()) != list(range(1, 31))  # by length
 
 
-def test_trivial_accuracies_are_counted_on_the_training_split(data):
-    train, test = data.split("train"), data.split("test")
-    majority = np.bincount(train.labels).argmax()
-    assert data.trivial_accuracies("test")["majority_class"] == pytest.approx(np.mean(test.labels == majority))
+def test_the_splits_are_read_once(data):
+    for stage in ("fit", "validate", "test", "predict"):
+        data.setup(stage)
+    assert data.times_read == 1
 
 
 @pytest.mark.parametrize("batch_size", [0, -3])
 def test_a_batch_has_an_example(batch_size):
     with pytest.raises(ValueError, match=f"^batch_size must be at least 1, got {batch_size}$"):
-        ListOpsData(batch_size=batch_size)
+        Few(batch_size=batch_size)
 
 
-# The published files.
-
-
-@pytest.fixture
-def published(tmp_path):
-    lines = {
-        "train": "( ( [MAX 4 ) ( [MIN 7 2 ] ) ] )\t4\n( [SM 9 9 ] )\t8\n",
-        "val": "( [MED 1 2 3 ] )\t2\n",
-        "test": "( [MIN 5 6 ] )\t5\n( [MAX 1 2 3 ] )\t3\n( [SM 1 1 ] )\t2\n",
-    }
-    for split, text in lines.items():
-        (tmp_path / f"basic_{split}.tsv").write_text(HEADER + text)
-    return tmp_path
-
-
-def test_published_files_are_read_in_place_of_generated_ones(published):
-    module = ListOpsData(data_root=str(published / "none"), published_folder=str(published), batch_size=2)
-    module.prepare_data()
-    module.setup("fit")
-    assert not (published / "none").exists()
-    [train] = module.train_dataloader()
-    assert dict(zip(expressions_in(train), train["label"].tolist())) == {"[MAX 4 [MIN 7 2 ] ]": 4, "[SM 9 9 ]": 8}
-    [val] = module.val_dataloader()
-    assert (expressions_in(val), val["label"].tolist()) == (["[MED 1 2 3 ]"], [2])
-    tests = list(module.test_dataloader())
-    assert [expressions_in(batch) for batch in tests] == [["[MIN 5 6 ]", "[SM 1 1 ]"], ["[MAX 1 2 3 ]"]]
-
-
-@pytest.mark.parametrize(("stage", "split"), [("fit", "train"), ("fit", "val"), ("validate", "val"), ("test", "test")])
-def test_a_split_without_examples_is_refused(published, stage, split):
-    (published / f"basic_{split}.tsv").write_text(HEADER)
-    module = ListOpsData(published_folder=str(published))
+@pytest.mark.parametrize(
+    ("stage", "split"),
+    [("fit", "train"), ("fit", "val"), ("validate", "val"), ("test", "test"), ("predict", "predict")],
+)
+def test_a_split_without_examples_is_refused(stage, split):
+    names = (*SPLITS[:2], "predict") if split == "predict" else SPLITS
+    module = Few(sizes=[0 if name == split else 5 for name in names])
     with pytest.raises(ValueError, match=f"^the {split} split must hold at least 1 example, got none"):
         module.setup(stage)
 
 
-def test_a_missing_published_file_is_named(published):
-    (published / "basic_val.tsv").unlink()
-    module = ListOpsData(published_folder=str(published))
-    with pytest.raises(FileNotFoundError, match=r"basic_val\.tsv must be one of the published files"):
-        module.setup("fit")
+def test_the_trivial_answer_is_the_most_frequent_class_of_the_training_split():
+    class Labelled(Few):
+        def read(self):
+            sequence = [1]
+            return {
+                "train": examples_of(*[sequence] * 5, labels=[4, 0, 4, 1, 1 + 3]),
+                "val": examples_of(*[sequence] * 3, labels=[0, 0, 4]),
+                "test": examples_of(sequence, labels=[1]),
+            }
 
-
-def test_a_file_of_ones_own_can_be_predicted_without_any_other(published):
-    module = ListOpsData(
-        data_root=str(published / "none"), predict_file=str(published / "basic_test.tsv"), batch_size=2
-    )
-    module.setup("predict")
-    batches = list(module.predict_dataloader())
-    # In the order of the file, not of length.
-    assert [expressions_in(batch) for batch in batches] == [["[MIN 5 6 ]", "[MAX 1 2 3 ]"], ["[SM 1 1 ]"]]
-    assert not (published / "none").exists()
-
-
-def test_a_file_to_predict_changes_nothing_else(generated, published):
-    module = ListOpsData(data_root=str(generated), predict_file=str(published / "basic_test.tsv"), **FEW)
+    module = Labelled()
     module.setup("fit")
-    assert [len(module.split(split)) for split in ("train", "val", "test")] == [230, 40, 30]
+    assert module.trivial_accuracies("val") == {"majority_class": pytest.approx(1 / 3)}
+    assert module.trivial_accuracies("test") == {"majority_class": 0.0}
+    assert not math.isnan(module.trivial_accuracies("train")["majority_class"])
+    assert list(module.summary()) == [
+        "memory",
+        "train: 5 examples; classes 0: 20.0%, 1: 20.0%, 2: 0.0%, 3: 0.0%, 4: 60.0%",
+        "val: 3 examples; classes 0: 66.7%, 1: 0.0%, 2: 0.0%, 3: 0.0%, 4: 33.3%",
+        "test: 1 examples; classes 0: 0.0%, 1: 100.0%",
+    ]
+
+
+def test_a_summary_tells_of_empty_splits_too():
+    assert list(Few(sizes=(2, 0, 0)).summary())[2:] == ["val: 0 examples", "test: 0 examples"]

@@ -10,7 +10,6 @@ from torch import nn
 from lineara.models import SequenceClassifier
 from lineara.nn import EfficientAttention
 from lineara.tasks.long_range_arena import ListOpsData, SequenceClassification
-from lineara.tasks.long_range_arena.metrics import trivial_accuracies
 
 # Advice that `lineara fit` silences too.
 pytestmark = [
@@ -144,7 +143,7 @@ def test_accuracies_and_losses_are_means_over_the_split(tmp_path, data):
         assert total == len(data.split(stage)) != 7 * (total // 7)  # batches of different sizes
         assert float(logged[f"{stage}/accuracy"]) == pytest.approx(correct / total)
         assert float(logged[f"{stage}/loss"]) == pytest.approx(losses / total, rel=1e-5)
-        for name, accuracy in trivial_accuracies(data.split("train"), data.split(stage)).items():
+        for name, accuracy in data.trivial_accuracies(stage).items():
             assert float(logged[f"{stage}/accuracy_of_{name}"]) == pytest.approx(accuracy)
 
 

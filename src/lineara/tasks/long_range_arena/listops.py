@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from lineara.tasks.long_range_arena.examples import SequenceExamples
+
 _Bytes = npt.NDArray[np.uint8]
 _Ints = npt.NDArray[np.int64]
 
@@ -38,7 +40,7 @@ def encode(expression: str) -> _Bytes:
     return np.frombuffer(bytearray(ids.translate(None, b"\0")), np.uint8)
 
 
-def decode(tokens: _Bytes) -> str:
+def decode(tokens: npt.NDArray[np.integer]) -> str:
     """The expression that token ids stand for, padding skipped; ValueError for an id above 15."""
     if tokens.max(initial=0) > _CLOSE:
         raise ValueError(f"tokens must lie in 0..{_CLOSE}, got {tokens.max()}")
@@ -102,47 +104,8 @@ class ListOpsGrammar:
             raise ValueError(f"operator_probability must lie in 0..1, got {self.operator_probability}")
 
 
-@dataclass(eq=False)
-class ListOpsExamples:
-    """Expressions of different lengths, one after the other; ValueError if the arrays do not fit together.
-
-    Args:
-        tokens: (total tokens,) uint8, ids 1..15 of `VOCABULARY`, without padding.
-        offsets: (examples + 1,) int64; example i is `tokens[offsets[i] : offsets[i + 1]]`.
-        labels: (examples,) uint8, values 0..9.
-    """
-
-    tokens: _Bytes
-    offsets: _Ints
-    labels: _Bytes
-
-    def __post_init__(self) -> None:
-        ends = (len(self.offsets), *self.offsets[:1], *self.offsets[-1:])
-        if ends != (len(self.labels) + 1, 0, len(self.tokens)) or np.any(self.lengths < 0):
-            raise ValueError(
-                f"offsets must be {len(self.labels) + 1} numbers, one more than labels, rising from 0 to the "
-                f"{len(self.tokens)} tokens, got {self.offsets}"
-            )
-
-    @property
-    def lengths(self) -> _Ints:
-        """(examples,) int64, number of tokens of each example."""
-        return np.diff(self.offsets)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[_Bytes, int]:
-        """Tokens (a view) and label of one example."""
-        label = int(self.labels[index])  # raises IndexError beyond the end, which also ends a `for` loop
-        index %= len(self)
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]], label
-
-    def part(self, start: int, stop: int) -> "ListOpsExamples":
-        """Examples `start` up to but not including `stop`; tokens and labels are views."""
-        offsets = self.offsets[start : stop + 1]
-        tokens = self.tokens[offsets[0] : offsets[-1]]
-        return ListOpsExamples(tokens, offsets - offsets[0], self.labels[start:stop])
+class ListOpsExamples(SequenceExamples):
+    """Expressions: the tokens are uint8 ids 1..15 of `VOCABULARY`, the labels uint8 values 0..9."""
 
 
 def generate(

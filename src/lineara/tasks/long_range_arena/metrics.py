@@ -1,32 +1,32 @@
-"""What an accuracy is to be compared with. (Accuracy itself is torchmetrics'.)"""
+"""What an accuracy is to be compared with. (Accuracy itself is torchmetrics'.)
+
+Both functions count an answer that needs no attention on the examples `train`, and judge it on `test`. They return a
+share in [0, 1], NaN without test examples.
+"""
 
 import numpy as np
+import numpy.typing as npt
 
 from lineara.tasks.long_range_arena.listops import VOCABULARY, ListOpsExamples
 
-_NUM_CLASSES = 10
+_NUM_VALUES = 10
 
 
-def trivial_accuracies(train: ListOpsExamples, test: ListOpsExamples) -> dict[str, float]:
-    """Accuracies on `test` of two answers that need no attention, learned from `train`.
-
-    Args:
-        train: the examples that the answers are counted from.
-        test: the examples that they are judged on.
-
-    Returns:
-        `majority_class`: always the most frequent label. `root_operator`: for each first token, which is the operator
-        at the root of the expression, the most frequent label under it. Both in [0, 1]; NaN without test examples.
-    """
-    labels_under_root = np.zeros((len(VOCABULARY), _NUM_CLASSES), dtype=np.int64)
-    np.add.at(labels_under_root, (_roots(train), train.labels), 1)
-    if len(test) == 0:
-        return {"majority_class": float("nan"), "root_operator": float("nan")}
-    return {
-        "majority_class": float(np.mean(test.labels == labels_under_root.sum(axis=0).argmax())),
-        "root_operator": float(np.mean(test.labels == labels_under_root.argmax(axis=1)[_roots(test)])),
-    }
+def majority_class_accuracy(train: npt.NDArray[np.integer], test: npt.NDArray[np.integer]) -> float:
+    """Accuracy of always answering the most frequent class; takes labels (examples,)."""
+    return _share(test == np.bincount(train).argmax())
 
 
-def _roots(examples: ListOpsExamples) -> np.ndarray:
+def root_operator_accuracy(train: ListOpsExamples, test: ListOpsExamples) -> float:
+    """Accuracy of answering the most frequent value under the first token, which is the operator at the root."""
+    values_under_root = np.zeros((len(VOCABULARY), _NUM_VALUES), dtype=np.int64)
+    np.add.at(values_under_root, (_roots(train), train.labels), 1)
+    return _share(test.labels == values_under_root.argmax(axis=1)[_roots(test)])
+
+
+def _share(correct: npt.NDArray[np.bool_]) -> float:
+    return float(correct.mean()) if len(correct) else float("nan")
+
+
+def _roots(examples: ListOpsExamples) -> npt.NDArray[np.integer]:
     return examples.tokens[examples.offsets[:-1]]

@@ -5,8 +5,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from lineara.tasks.long_range_arena.data import ListOpsData, SequenceBatches
+from lineara.tasks.long_range_arena.data import SequenceBatches
 from lineara.tasks.long_range_arena.listops import VOCABULARY, ListOpsExamples, encode, evaluate
+from lineara.tasks.long_range_arena.listops_data import ListOpsData
 from lineara.tasks.long_range_arena.task import SequenceClassification
 from lineara.viz import global_maps, token_maps
 

@@ -11,33 +11,43 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
+from lineara.nn.router import Router
 from lineara.tasks.files import write_text
-from lineara.tasks.long_range_arena.listops import decode
 
 
 class SequenceClassification(LightningModule):
     """Cross-entropy, AdamW without weight decay, and a linear one-cycle schedule over the steps of the run.
 
     Args:
-        network: called as network(tokens, mask=mask), returns logits (batch, num_classes).
+        network: called as network(tokens, mask=mask) with those of a batch (see `data`), returns logits
+            (batch, num_classes).
         num_classes: number of classes.
         peak_lr: highest learning rate.
         warmup_steps: optimiser steps until it is reached; it falls linearly until the last step of the run.
+        load_balancing: weight in the loss of the load balancing terms of the network's routers, summed; what is logged
+            as the loss is without them. Without routers it means nothing.
 
     Source: the settings of mlpen/Nystromformer's Long Range Arena harness: AdamW (0.9, 0.999), eps 1e-6.
     """
 
     def __init__(
-        self, network: nn.Module, num_classes: int = 10, peak_lr: float = 1e-4, warmup_steps: int = 1000
+        self,
+        network: nn.Module,
+        num_classes: int = 10,
+        peak_lr: float = 1e-4,
+        warmup_steps: int = 1000,
+        load_balancing: float = 0.01,
     ) -> None:
         super().__init__()
         self.network = network
         self.peak_lr = peak_lr
         self.warmup_steps = warmup_steps
+        self.load_balancing = load_balancing
+        self._routers = [module for module in network.modules() if isinstance(module, Router)]
         self.accuracy = nn.ModuleDict(
             {f"{stage}_": MulticlassAccuracy(num_classes, average="micro") for stage in ("train", "val", "test")}
         )
-        self._predictions: list[dict[str, Tensor]] = []
+        self._rows: list[tuple[object, ...]] = []
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         return self.network(batch["tokens"], mask=batch["mask"])
@@ -55,7 +65,14 @@ class SequenceClassification(LightningModule):
             )
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
-        return self._step("train", batch)
+        loss = self._step("train", batch)
+        for layer, router in enumerate(self._routers):
+            routing = router.last
+            assert routing is not None, "the network has just been called"
+            loss = loss + self.load_balancing * routing.load_balancing
+            for head, share in enumerate(routing.load):
+                self.log(f"train/load_layer{layer}_head{head}", share)
+        return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         self._step("val", batch)
@@ -70,15 +87,23 @@ class SequenceClassification(LightningModule):
         self._log_trivial_accuracies("test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_index: int) -> dict[str, Tensor]:
-        prediction = {**batch, "probability": self(batch).softmax(dim=1)}
-        self._predictions.append({name: tensor.cpu() for name, tensor in prediction.items()})
-        return prediction
+        probability = self(batch).softmax(dim=1)
+        confidences, answers = probability.cpu().max(dim=1)
+        rows = zip(answers.tolist(), confidences.tolist(), batch["label"].tolist(), batch["tokens"].cpu().numpy())
+        # As text at once: the tokens of all batches would fill the memory.
+        describe = self.trainer.datamodule.describe  # type: ignore[attr-defined]
+        self._rows += [
+            (answer, f"{confidence:.4f}", label, describe(tokens)) for answer, confidence, label, tokens in rows
+        ]
+        return {"label": batch["label"], "probability": probability}
 
     def on_predict_end(self) -> None:
         """Write predictions.csv into the run's folder."""
         path = Path(self.trainer.default_root_dir) / "predictions.csv"
-        write_text(path, _as_csv(self._predictions))
-        self._predictions.clear()
+        text = io.StringIO()
+        csv.writer(text).writerows([("prediction", "probability", "label", "tokens"), *self._rows])
+        write_text(path, text.getvalue())
+        self._rows.clear()
         self.print(f"predictions: {path}")
 
     def configure_optimizers(self) -> Any:
@@ -123,16 +148,3 @@ class SequenceClassification(LightningModule):
         trivial = self.trainer.datamodule.trivial_accuracies(stage)  # type: ignore[attr-defined]
         for name, accuracy in trivial.items():
             self.log(f"{stage}/accuracy_of_{name}", accuracy)
-
-
-def _as_csv(predictions: list[dict[str, Tensor]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["prediction", "probability", "label", "tokens"])
-    for batch in predictions:
-        confidence, predicted = batch["probability"].max(dim=1)
-        for row in range(len(predicted)):
-            tokens = decode(batch["tokens"][row][batch["mask"][row]].numpy())
-            label = int(batch["label"][row])
-            writer.writerow([int(predicted[row]), f"{float(confidence[row]):.4f}", label, tokens])
-    return text.getvalue()
