@@ -18,7 +18,7 @@ def _seed():
 class Recorder(SequenceAttention):
     """Keeps what it is given, and answers with something of the right shape that no other tensor equals."""
 
-    def attend(self, query, key, value, key_mask):
+    def attend(self, query, key, value, key_mask, query_mask):
         self.given = query, key, value, key_mask
         self.answer = query.sum(dim=3, keepdim=True) * value.mean(dim=2, keepdim=True)
         return self.answer

@@ -18,7 +18,7 @@ class MultiresolutionAttention(SequenceAttention):
     chooses, scaled by the router's probability:
 
         p_i = softmax(W_r q_i + b_r) over heads, q_i being the queries of all heads side by side
-        g_ih = p_ih for the top_k likeliest heads of query i, 0 for the others
+        g_ih = H p_ih for the top_k likeliest of the H heads, 0 for the others
         y_i = sum_h g_ih W_O^h o_ih + b_O
 
     It adds the projections, the heads and the router, and neither residual nor normalisation: `EncoderBlock` has those.

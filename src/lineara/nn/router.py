@@ -21,7 +21,9 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Probabilities over heads from a query, and a gate that keeps those of the `top_k` likeliest heads.
 
-        p_i = softmax(W q_i + b),   g_ih = p_ih if head h is among the top_k of query i, else 0
+        p_i = softmax(W q_i + b),   g_ih = H p_ih if head h is among the top_k of query i, else 0
+
+    The factor H makes 1 of the gate of an undecided router, so that attention does not start H times weaker.
 
     The load balancing term is H sum_h f_h P_h, f_h being the share of choices that fell on head h and P_h the mean
     probability of head h (Fedus et al., "Switch Transformers", arXiv 2101.03961, equation 4).
@@ -64,7 +66,7 @@ class Router(nn.Module):
         kept, choice = probability.topk(self.top_k, dim=2)  # (B, N, top_k)
         gate = torch.zeros_like(probability).scatter(2, choice, kept)  # (B, N, H)
         self.last = self._routing(probability, choice, query_mask)
-        return gate.to(query.dtype)
+        return (self.num_heads * gate).to(query.dtype)
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}"
@@ -72,8 +74,9 @@ class Router(nn.Module):
     def _routing(self, probability: Tensor, choice: Tensor, query_mask: Tensor | None) -> Routing:
         chosen = torch.zeros_like(probability).scatter(2, choice, 1.0)  # (B, N, H)
         counted = probability
-        if query_mask is not None:
-            chosen, counted = (tensor * query_mask[:, :, None] for tensor in (chosen, counted))
+        if query_mask is not None:  # a product would keep the NaN that a masked query may hold
+            hidden = ~query_mask[:, :, None]  # (B, N, 1)
+            chosen, counted = chosen.masked_fill(hidden, 0.0), probability.masked_fill(hidden, 0.0)
         load = chosen.sum(dim=(0, 1))  # (H,)
         load = load / load.sum().clamp_min(1.0)
         mean_probability = counted.sum(dim=(0, 1))  # (H,), up to the number of queries
