@@ -181,7 +181,7 @@ def test_every_command_helps(call, command):
         (["sing"], "argument COMMAND: invalid choice: 'sing'"),
         (["--sing"], "the following arguments are required: COMMAND"),
         (["data"], "the following arguments are required: SET"),
-        (["data", "listops", "--num_train", "many"], "argument --num_train: invalid int value: 'many'"),
+        (["data", "sing"], "argument SET: invalid choice: 'sing'"),
         (["draw", "maps"], "the following arguments are required: --checkpoint"),
         (["bench", "cost", "--positions"], "argument --positions: expected at least one argument"),
     ],
@@ -363,8 +363,10 @@ def test_data_are_generated_once(call):
     words += [word for name, number in FEW.items() for word in (f"--{name}", number)]
     status, output, _ = call(*words)
     assert status == 0
-    path = Path(output.removesuffix("\n"))
+    first, *shares = output.splitlines()
+    path = Path(first)
     assert path.is_relative_to("somewhere")
+    assert [line.split("; ")[0] for line in shares] == ["train: 40 examples", "val: 20 examples", "test: 20 examples"]
     before = path.stat()
     splits = load_listops(path)
     assert {split: len(examples) for split, examples in splits.items()} == {"train": 40, "val": 20, "test": 20}
@@ -372,6 +374,65 @@ def test_data_are_generated_once(call):
     assert np.array_equal(np.concatenate([examples.tokens for examples in splits.values()]), expected.tokens)
     assert call(*words) == (0, output, "")
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("listops", "max_depth"),
+        ("text", "num_val"),
+        ("retrieval", "max_len"),
+        ("image", "num_val"),
+        ("pathfinder", "contour_len"),
+        ("digits", "upscale"),
+    ],
+)
+def test_every_set_helps_with_the_options_of_its_data_module(call, name, option):
+    assert f"\n    {name}" in call("data", "--help")[1]
+    status, output, error = call("data", name, "--help")
+    assert (status, error) == (0, "")
+    assert output.startswith(f"usage: lineara data {name} ")
+    assert f"--{option} " in output
+    assert "default: " in output
+    assert "batch_size" not in output
+
+
+def test_a_set_that_is_there_is_described(call):
+    status, output, error = call("data", "digits", "--num_val", 1, "--num_test", 7)
+    assert (status, error) == (0, "")
+    place, train, val, test = output.splitlines()
+    assert place == "scikit-learn's digits"
+    assert train.startswith("train: 1,789 examples; classes 0: 9.9%, 1: 10.2%, ")
+    assert val.startswith("val: 1 examples; classes ")
+    assert test.startswith("test: 7 examples; classes ")
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("text", "data/aclImdb/train/neg"),
+        ("retrieval", "data/tsv_data/new_aan_pairs.train.tsv"),
+        ("image", "data/cifar-10-batches-py"),
+    ],
+)
+def test_a_set_that_is_not_there_is_named_with_its_place(mistake, name, place):
+    assert mistake("data", name).startswith(f"{place} must ")
+    assert mistake("data", name, "--data_root", "here").startswith(f"here{place.removeprefix('data')} must ")
+    assert files() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--num_train", "many"], ".*num_train.*int.*many; see `lineara data listops --help`"),
+        (["--num_train"], ".*--num_train: expected one argument; see"),
+        (["--sing", 1], ".*--sing 1; see"),
+        (["--batch_size", 1], ".*--batch_size 1; see"),
+    ],
+)
+def test_wrong_options_of_a_set_are_named(mistake, words, sentence):
+    assert_match(sentence, mistake("data", "listops", *words))
+    assert files() == []
 
 
 def test_impossible_data_are_refused(mistake):
@@ -510,3 +571,36 @@ def test_costs_that_were_not_measured_are_refused(mistake):
         Path("cost.json").write_text(content)
         assert mistake("draw", "cost", "--costs", "cost.json")
     assert files() == ["cost.json"]
+
+
+# Comparing.
+
+
+def test_a_comparison_prints_its_table_and_ends_with_status_2_when_a_run_fails(call, monkeypatch):
+    monkeypatch.setattr("lineara.tasks.comparison._RUN", "import sys; sys.exit('lineara: error: the disk is full')")
+    recipe = recipe_with("run_dir", "run")
+    status, output, error = call("compare", recipe, "--seeds", 3, "--output", "out", "--max_steps", 5)
+    assert status == 2
+    assert error.splitlines()[-1] == (
+        "lineara: error: no run may fail, got 1 that did (recipe, seed 3: the disk is full); mend it and call again"
+    )
+    assert "recipe, seed 3: failed: the disk is full" in error
+    assert output == Path("out/comparison.md").read_text() + "out/comparison.md\n"
+    assert json.loads(Path("out/recipe/seed3/settings.json").read_text())["trainer.max_steps"] == 5
+
+
+def test_an_interrupted_comparison_ends_with_status_130(call, monkeypatch):
+    interrupt = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
+    monkeypatch.setattr("lineara.tasks.comparison._RUN", interrupt)
+    status, _, error = call("compare", recipe_with("run_dir", "run"))
+    assert (status, error.splitlines()[-1]) == (130, "lineara: interrupted")
+
+
+def test_what_cannot_be_compared_is_refused(mistake):
+    recipe = recipe_with("run_dir", "run")
+    assert_match("recipes must name at least one, got none", mistake("compare"))
+    assert_match("a recipe must be a file, or the name of one in recipes/, got 'none'", mistake("compare", "none"))
+    assert_match("recipes must differ from each other, got recipe twice", mistake("compare", recipe, recipe))
+    assert_match("seeds must differ from each other, got 1 twice", mistake("compare", recipe, "--seeds", 1, 1))
+    assert_match("an override must be KEY=VALUE", mistake("compare", recipe, "--override", "trainer.max_steps"))
+    assert files() == ["recipe.yaml"]

@@ -3,11 +3,22 @@
 try:
     from lineara.viz.attention_maps import global_maps, map_grid, token_maps
     from lineara.viz.cost_curves import cost_curves
+    from lineara.viz.example_images import example_images
     from lineara.viz.learning_curves import learning_curves, read_metrics
+    from lineara.viz.trade_off import trade_off
 except ModuleNotFoundError as error:
     raise ImportError(
         f"lineara.viz needs {str(error.name).partition('.')[0]}, which is not installed; install it with: "
         "pip install 'lineara[train]'"
     ) from error
 
-__all__ = ["cost_curves", "global_maps", "learning_curves", "map_grid", "read_metrics", "token_maps"]
+__all__ = [
+    "cost_curves",
+    "example_images",
+    "global_maps",
+    "learning_curves",
+    "map_grid",
+    "read_metrics",
+    "token_maps",
+    "trade_off",
+]
