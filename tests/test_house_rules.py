@@ -252,6 +252,7 @@ CLEAN = {
         "def main():\n    if True:\n        import torch\n"
     ),
     "tests/ops/efficient/test_reference.py": "def test_attends(): ...\n",
+    "tests/ops/kernel/test_reference.py": "def test_attends(): ...\n",
     "tests/ops/softmax/test_api.py": "class TestApi:\n    def test_attends(self): ...\n",
     "tests/nn/test_attention.py": "def test_attends(): ...\n",
     "tests/models/test_psmnet.py": "def test_matches(): ...\n",

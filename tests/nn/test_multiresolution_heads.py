@@ -44,7 +44,7 @@ def test_it_calls_the_operation_with_its_weights_and_the_routers_gate(compressio
     query, key, value = tensors()
     mask = torch.rand(2, 13) > 0.4
     given = heads(query, key, value, key_mask=mask)
-    gate = heads.router(query.transpose(1, 2).reshape(2, 7, 15), None).mT
+    gate = heads.router(query.transpose(1, 2).reshape(2, 7, 15), None)
     expected = multiresolution_attention(
         query,
         key,

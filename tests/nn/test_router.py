@@ -22,7 +22,7 @@ def made(top_k=1, *, dim=7, heads=5):
 def test_the_gate_is_the_probability_of_the_likeliest_heads_relative_to_an_even_choice():
     for top_k in (1, 3, 5):
         router, query = made(top_k)
-        gate = router(query, None)
+        gate = router(query, None).mT
         probability = (query @ router.logits.weight.mT + router.logits.bias).softmax(-1)
         least = probability.sort(-1, descending=True).values[..., top_k - 1, None]
         expected = torch.where(probability >= least, 5 * probability, 0.0)
@@ -33,7 +33,7 @@ def test_the_gate_is_the_probability_of_the_likeliest_heads_relative_to_an_even_
 def test_what_was_decided_is_told():
     router, query = made(2)
     assert router.last is None
-    gate = router(query, None)
+    gate = router(query, None).mT
     routing = router.last
     assert (gate.gather(2, routing.choice) > 0).all()
     assert routing.choice.shape == (2, 13, 2)

@@ -78,7 +78,7 @@ class MultiresolutionHeads(nn.Module):
         """(B, H, N, K), (B, H, M, K) and (B, H, M, V) to (B, H, N, V); `query_mask` says which queries to count."""
         gate = None
         if self.router is not None:
-            gate = self.router(query.transpose(1, 2).flatten(2), query_mask).mT  # (B, H, N)
+            gate = self.router(query.transpose(1, 2).flatten(2), query_mask)  # (B, H, N)
         return multiresolution_attention(
             query,
             key,

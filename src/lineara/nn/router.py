@@ -56,33 +56,34 @@ class Router(nn.Module):
         self.last: Routing | None = None
 
     def forward(self, query: Tensor, query_mask: Tensor | None) -> Tensor:
-        """The gate (batch, positions, heads), in the dtype of the query, and in `last` what was decided.
+        """The gate (batch, heads, positions), in the dtype of the query, and in `last` what was decided.
 
         Args:
             query: (batch, positions, dim).
             query_mask: boolean (batch, positions), False = not to be counted in the statistics; None counts all.
         """
-        probability = self.logits(query).float().softmax(dim=2)  # (B, N, H)
-        kept, choice = probability.topk(self.top_k, dim=2)  # (B, N, top_k)
-        gate = torch.zeros_like(probability).scatter(2, choice, kept)  # (B, N, H)
-        self.last = self._routing(probability, choice, query_mask)
-        return (self.num_heads * gate).to(query.dtype)
+        # Heads before positions: over a last axis of so few entries torch's softmax takes many times as long.
+        logits = self.logits(query).float().mT.contiguous()  # (B, H, N)
+        probability = logits.softmax(dim=1)  # (B, H, N)
+        choice = probability.detach().topk(self.top_k, dim=1).indices  # (B, top_k, N)
+        chosen = torch.zeros_like(probability).scatter(1, choice, 1.0)  # (B, H, N)
+        self.last = self._routing(probability, choice, chosen, query_mask)
+        return (probability * (self.num_heads * chosen)).to(query.dtype)
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}"
 
-    def _routing(self, probability: Tensor, choice: Tensor, query_mask: Tensor | None) -> Routing:
-        chosen = torch.zeros_like(probability).scatter(2, choice, 1.0)  # (B, N, H)
+    def _routing(self, probability: Tensor, choice: Tensor, chosen: Tensor, query_mask: Tensor | None) -> Routing:
         counted = probability
         if query_mask is not None:  # a product would keep the NaN that a masked query may hold
-            hidden = ~query_mask[:, :, None]  # (B, N, 1)
+            hidden = ~query_mask[:, None]  # (B, 1, N)
             chosen, counted = chosen.masked_fill(hidden, 0.0), probability.masked_fill(hidden, 0.0)
-        load = chosen.sum(dim=(0, 1))  # (H,)
+        load = chosen.sum(dim=(0, 2))  # (H,)
         load = load / load.sum().clamp_min(1.0)
-        mean_probability = counted.sum(dim=(0, 1))  # (H,), up to the number of queries
+        mean_probability = counted.sum(dim=(0, 2))  # (H,), up to the number of queries
         mean_probability = mean_probability / mean_probability.detach().sum().clamp_min(1.0)
         load_balancing = self.num_heads * (load * mean_probability).sum()
-        return Routing(choice, probability.detach(), load, load_balancing)
+        return Routing(choice.mT, probability.detach().mT, load, load_balancing)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle is of the weights; the last decision belongs to a graph that cannot be copied.

@@ -5,10 +5,12 @@ import csv
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lineara.models import SequenceClassifier
-from lineara.nn import EfficientAttention
+from lineara.nn import EfficientAttention, MultiresolutionAttention
+from lineara.nn.router import Router
 from lineara.tasks.long_range_arena import ListOpsData, SequenceClassification
 
 # Advice that `lineara fit` silences too.
@@ -51,12 +53,11 @@ def make_task(**options):
 
 
 def make_trainer(tmp_path, *callbacks, **options):
-    settings = {"max_steps": STEPS, "limit_val_batches": 0, **options}
+    settings = {"max_steps": STEPS, "limit_val_batches": 0, "logger": False, **options}
     return Trainer(
         accelerator="cpu",
         default_root_dir=tmp_path,
         callbacks=list(callbacks),
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -125,6 +126,44 @@ def test_loss_optimiser_and_schedule_are_those_of_the_published_harness(tmp_path
     assert len(recorder.rates) == STEPS
     assert recorder.rates == pytest.approx(up + down)
     assert (recorder.rates[0], recorder.rates[WARMUP - 1], recorder.rates[-1]) == pytest.approx((8e-4, 0.02, 8e-8))
+
+
+class RoutedRun(Callback):
+    """What routers decided in every step, and what was logged and differentiated."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        lasts = [module.last for module in pl_module.modules() if isinstance(module, Router)]
+        logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
+        self.steps.append((float(outputs["loss"]), logged, lasts))
+
+
+def test_load_balancing_is_added_to_the_loss_and_loads_are_logged(tmp_path, data):
+    run = RoutedRun()
+    network = SequenceClassifier(
+        16, 10, 30, attention=lambda dim: MultiresolutionAttention(dim, 4), dim=8, mlp_dim=8, head_dim=8, dropout=0.0
+    )
+    task = SequenceClassification(network, peak_lr=PEAK, warmup_steps=WARMUP, load_balancing=0.3)
+    make_trainer(tmp_path, run, logger=CSVLogger(tmp_path), log_every_n_steps=1).fit(task, datamodule=data)
+    assert len(run.steps) == STEPS
+    for differentiated, logged, lasts in run.steps:
+        assert len(lasts) == 2
+        terms = sum(float(last.load_balancing) for last in lasts)
+        assert differentiated == pytest.approx(logged["train/loss"] + 0.3 * terms, rel=1e-5)
+        for layer, last in enumerate(lasts):
+            shares = [logged[f"train/load_layer{layer}_head{head}"] for head in range(4)]
+            assert shares == pytest.approx(last.load.tolist())
+            assert sum(shares) == pytest.approx(1.0)
+
+
+def test_a_network_without_routers_has_no_load_to_log(tmp_path, data):
+    run = RoutedRun()
+    make_trainer(tmp_path, run, logger=CSVLogger(tmp_path), log_every_n_steps=1).fit(make_task(), datamodule=data)
+    for differentiated, logged, _ in run.steps:
+        assert differentiated == pytest.approx(logged["train/loss"])
+        assert not any("load" in name for name in logged)
 
 
 def test_accuracies_and_losses_are_means_over_the_split(tmp_path, data):

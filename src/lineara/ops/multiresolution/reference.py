@@ -32,9 +32,12 @@ def multiresolution_attention(
 ) -> Tensor:
     contexts: list[Tensor] = []
     totals: list[Tensor] = []
-    for heads, resolution in groups(resolutions):
-        k, mask = _compress(key[:, heads], resolution, key_shape, compression, key_weight, heads, key_mask)
-        v, _ = _compress(value[:, heads], resolution, key_shape, compression, value_weight, heads, key_mask)
+    # (Split, not sliced: the gradient of each slice would be a tensor of zeros for all heads.)
+    runs = groups(resolutions)
+    sizes = [heads.stop - heads.start for heads, _ in runs]
+    for (heads, resolution), k, v in zip(runs, torch.split(key, sizes, 1), torch.split(value, sizes, 1)):
+        k, mask = _compress(k, resolution, key_shape, compression, key_weight, heads, key_mask)
+        v, _ = _compress(v, resolution, key_shape, compression, value_weight, heads, key_mask)
         if feature_map == "softmax":
             context = efficient.context_of(k, v, "softmax", scale, mask)  # (B, h, K, V)
         else:
@@ -73,20 +76,28 @@ def _compress(
     if resolution == 1 and compression != "conv":
         return tensor, key_mask
     tensor = tensor.to(accumulation_dtype(tensor.dtype))
-    mask = tensor.new_ones((1, tensor.shape[2]), dtype=torch.bool) if key_mask is None else key_mask
-    valid = _windows(mask[:, None, :, None], resolution, key_shape)  # (B, 1, J, W, 1); False beyond the end
-    windows = _windows(tensor, resolution, key_shape)  # (B, h, J, W, D)
-    exists = None if key_mask is None else valid.any(dim=3)[:, 0, :, 0]  # (B, J)
-    if compression == "max":
-        largest = windows.masked_fill(~valid, -torch.inf).amax(dim=3)
-        return largest.masked_fill(~valid.any(dim=3), 0.0), exists
-    windows = windows.masked_fill(~valid, 0.0)
-    num_valid = valid.sum(dim=3).clamp_min(1).to(tensor.dtype)  # (B, 1, J, 1)
-    if weight is None:
-        return windows.sum(dim=3) / num_valid, exists
+    windows = _windows(tensor, resolution, key_shape)  # (B, h, J, W, D); zeros beyond the end
     size = windows.shape[3]
-    weights = weight[heads, :, :size].to(tensor.dtype).mT[None, :, None]  # (1, h, 1, W, D)
-    return (windows * weights).sum(dim=3) * (size / num_valid), exists
+    if key_mask is None and all(length % resolution == 0 for length in key_shape):
+        num_valid, exists = None, None
+    else:
+        mask = tensor.new_ones((1, tensor.shape[2]), dtype=torch.bool) if key_mask is None else key_mask
+        valid = _windows(mask[:, None, :, None], resolution, key_shape)  # (B, 1, J, W, 1)
+        num_valid = valid.sum(dim=3).to(tensor.dtype)  # (B, 1, J, 1)
+        exists = None if key_mask is None else num_valid[:, 0, :, 0] > 0  # (B, J)
+        if compression == "max":
+            windows = windows.masked_fill(~valid, -torch.inf)
+        elif key_mask is not None:
+            windows = windows.masked_fill(~valid, 0.0)
+    if compression == "max":
+        largest = windows.amax(dim=3)
+        return largest if num_valid is None else largest.masked_fill(num_valid == 0, 0.0), exists
+    if weight is None and num_valid is None:
+        return windows.mean(dim=3), exists
+    if weight is not None:
+        weights = weight[heads, :, :size].to(tensor.dtype).mT[None, :, None]  # (1, h, 1, W, D)
+        windows = windows * (size * weights)
+    return windows.sum(dim=3) / (size if num_valid is None else num_valid.clamp_min(1.0)), exists
 
 
 def _windows(tensor: Tensor, resolution: int, key_shape: Sequence[int]) -> Tensor:
