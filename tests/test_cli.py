@@ -183,6 +183,10 @@ def test_every_command_helps(call, command):
         (["data"], "the following arguments are required: SET"),
         (["data", "sing"], "argument SET: invalid choice: 'sing'"),
         (["draw", "maps"], "the following arguments are required: --checkpoint"),
+        (
+            ["draw", "routing", "--checkpoint", "c", "--expression", "7", "--index", "0"],
+            "argument --index: not allowed with argument --expression",
+        ),
         (["bench", "cost", "--positions"], "argument --positions: expected at least one argument"),
     ],
 )
@@ -519,6 +523,47 @@ def test_maps_of_no_checkpoint_are_refused(mistake):
     )
     # One line, whatever is in it.
     assert mistake("draw", "maps", "--checkpoint", "two\nlines").startswith("two lines must be a checkpoint")
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory):
+    """The folder of a finished run with routers."""
+    folder = tmp_path_factory.mktemp("routed")
+    attention = {**ATTENTION, "class_path": "lineara.nn.MultiresolutionAttention"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        recipe = recipe_with("attention", attention, "network's arguments")
+        words = ["--run_dir", str(folder / "run"), "--data.data_root", str(folder / "data")]
+        assert main(["fit", "--config", recipe, *words]) == 0
+    return folder / "run"
+
+
+def test_routing_and_load_are_drawn(call, routed):
+    checkpoint = routed / "checkpoints/best.ckpt"
+    status, output, _ = call("draw", "routing", "--checkpoint", checkpoint)
+    assert (status, output.splitlines()[-1]) == (0, str(routed / "routing.png"))
+    assert is_png(routed / "routing.png")
+    words = ["--expression", "[MAX 4 [MIN 7 2 ] 0 ]", "--output", "mine.png"]
+    assert call("draw", "routing", "--checkpoint", checkpoint, *words)[0] == 0
+    assert is_png("mine.png")
+    assert call("draw", "load", "--run_dir", routed) == (0, f"{routed / 'load.png'}\n", "")
+    assert is_png(routed / "load.png")
+
+
+def test_routing_that_cannot_be_drawn_is_refused(mistake, trained, routed):
+    words = ["draw", "routing", "--checkpoint", trained / "checkpoints/best.ckpt"]
+    assert_match("the network must have a router", mistake(*words))
+    assert_match("metrics must hold train/load_layer", mistake("draw", "load", "--run_dir", trained))
+    assert_match("the run must be of images", mistake(*words[:3], routed / "checkpoints/best.ckpt", "--index", 0))
+    assert files() == []
+
+
+def test_examples_of_a_set_are_drawn(call, mistake):
+    assert call("draw", "examples", "--set", "pathfinder", "--num", 3) == (0, "pathfinder.png\n", "")
+    assert is_png("pathfinder.png")
+    assert mistake("draw", "examples", "--set", "image", "--data_root", "here").startswith("here/cifar-10-batches-py")
+    assert mistake("draw", "examples", "--set", "text").startswith("the set must be one of images: ")
+    assert files() == ["pathfinder.png"]
 
 
 # Costs.

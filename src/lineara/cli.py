@@ -45,9 +45,8 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 a mistake in the call, 130 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        _run(arguments)
+        _run(sys.argv[1:] if arguments is None else arguments)
     except KeyboardInterrupt:
         print("lineara: interrupted", file=sys.stderr)
         return 130
@@ -70,12 +69,11 @@ def parse_recipe(path: Path | str) -> None:
 def _run(arguments: list[str]) -> None:
     if arguments and arguments[0] in _TRAINING:
         _train(arguments)
-        return
-    if len(arguments) > 1 and arguments[0] == "data" and arguments[1] in _SETS:
+    elif len(arguments) > 1 and arguments[0] == "data" and arguments[1] in _SETS:
         _data(arguments[1], arguments[2:])
-        return
-    parsed = _parser().parse_args(arguments or ["--help"])
-    parsed.run(parsed)
+    else:
+        parsed = _parser().parse_args(arguments or ["--help"])
+        parsed.run(parsed)
 
 
 def _parser() -> ArgumentParser:
@@ -93,7 +91,7 @@ def _parser() -> ArgumentParser:
         commands.add_parser(name, help=purpose)
     _add_compare(commands.add_parser("compare", help="train and test several recipes that differ in the network alone"))
     _add_data(commands.add_parser("data", help="generate or check a data set"))
-    _add_draw(commands.add_parser("draw", help="draw learning curves, attention maps or costs"))
+    _add_draw(commands.add_parser("draw", help="draw learning curves, attention maps, routing, costs or images"))
     _add_bench(commands.add_parser("bench", help="measure time and memory against length"))
     return parser
 
@@ -115,24 +113,28 @@ def _add_data(parser: ArgumentParser) -> None:
 
 def _add_draw(parser: ArgumentParser) -> None:
     pictures = parser.add_subparsers(title="pictures", metavar="PICTURE", required=True)
-
-    curves = pictures.add_parser("curves", help="loss and accuracy of a run over its steps")
-    curves.add_argument("--run_dir", type=Path, required=True, help="folder of the run")
-    curves.add_argument("--output", type=Path, help="PNG to write; default <run_dir>/curves.png")
-    curves.set_defaults(run=_draw_curves)
-
-    maps = pictures.add_parser("maps", help="the global attention maps of a trained network over one expression")
-    maps.add_argument("--checkpoint", type=Path, required=True, help="written by `lineara fit`")
-    maps.add_argument("--expression", help='such as "[MAX 4 [MIN 7 2 ] 0 ]"; default: the shortest test expression')
+    run = (_draw_run, "--run_dir", "folder of the run", Path)
+    trained = (_draw_trained, "--checkpoint", "written by `lineara fit`", Path)
+    for name, (draw, source, meaning, kind), purpose in (
+        ("curves", run, "loss and accuracy of a run over its steps"),
+        ("load", run, "how a run with multiresolution attention used its heads over its steps"),
+        ("maps", trained, "the global attention maps of a trained network over one expression"),
+        ("routing", trained, "the resolution that each token or pixel of one example chooses"),
+        ("cost", (_draw_cost, "--costs", "written by `lineara bench cost`", Path), "time and memory against length"),
+        ("examples", (_draw_examples, "--set", "pathfinder, digits or image", str), "images of a set and their labels"),
+    ):
+        picture = pictures.add_parser(name, help=purpose)
+        picture.add_argument(source, type=kind, required=True, help=meaning)
+        picture.add_argument("--output", type=Path, help="PNG, PDF or SVG to write; default: a PNG beside the source")
+        picture.set_defaults(run=draw, picture=name)
+    maps, routing, examples = (pictures.choices[name] for name in ("maps", "routing", "examples"))
+    for picture in (maps, example := routing.add_mutually_exclusive_group()):
+        picture.add_argument("--expression", help='such as "[SM 4 [MAX 7 2 ] ]"; default: the shortest test expression')
     maps.add_argument("--layer", type=int, default=0, help="encoder block, from 0 (default 0)")
     maps.add_argument("--head", type=int, default=0, help="head, from 0 (default 0)")
-    maps.add_argument("--output", type=Path, help="PNG to write; default maps.png in the run's folder")
-    maps.set_defaults(run=_draw_maps)
-
-    cost = pictures.add_parser("cost", help="time and memory against length, from a file of `lineara bench cost`")
-    cost.add_argument("--costs", type=Path, required=True, help="written by `lineara bench cost`")
-    cost.add_argument("--output", type=Path, help="PNG to write; default beside the file")
-    cost.set_defaults(run=_draw_cost)
+    example.add_argument("--index", type=int, help="test image, from 0 (default 0)")
+    examples.add_argument("--data_root", default="data", help="folder of cifar-10-batches-py, for image (default data)")
+    examples.add_argument("--num", type=int, default=40, help="images at most (default 40)")
 
 
 def _add_bench(parser: ArgumentParser) -> None:
@@ -207,32 +209,38 @@ def _data(name: str, words: list[str]) -> None:
         print(line, flush=True)
 
 
-def _draw_curves(options: Namespace) -> None:
-    from lineara.viz import learning_curves, read_metrics
+def _draw_run(options: Namespace) -> None:
+    from lineara.viz import learning_curves, read_metrics, router_load
 
-    figure = learning_curves(read_metrics(options.run_dir), title=options.run_dir.name)
-    _save(figure, options.output or options.run_dir / "curves.png")
+    draw = {"curves": learning_curves, "load": router_load}[options.picture]
+    figure = draw(read_metrics(options.run_dir), title=options.run_dir.name)
+    _save(figure, options.output or options.run_dir / f"{options.picture}.png")
 
 
-def _draw_maps(options: Namespace) -> None:
-    from lineara.tasks.long_range_arena.listops_data import ListOpsData
-    from lineara.tasks.long_range_arena.pictures import expression_maps
-    from lineara.tasks.long_range_arena.task import SequenceClassification
+def _draw_trained(options: Namespace) -> None:
+    from lineara.tasks.long_range_arena.pictures import expression_maps, routing
     from lineara.tasks.training import load_run
 
     _leave_out_advice()
-    task, data = load_run(options.checkpoint)
-    if not isinstance(task, SequenceClassification) or not isinstance(data, ListOpsData):
-        raise ValueError(f"{options.checkpoint} must be of a ListOps run, got one of {type(task).__name__}")
-    figure = expression_maps(task, data, options.expression, layer=options.layer, head=options.head)
-    run_dir = options.checkpoint.parent.parent
-    _save(figure, options.output or run_dir / "maps.png")
+    run = load_run(options.checkpoint)
+    if options.picture == "maps":
+        figure = expression_maps(*run, options.expression, layer=options.layer, head=options.head)
+    else:
+        figure = routing(*run, expression=options.expression, index=options.index)
+    _save(figure, options.output or options.checkpoint.parent.parent / f"{options.picture}.png")
 
 
 def _draw_cost(options: Namespace) -> None:
     from lineara.viz import cost_curves
 
     _save(cost_curves(_read_costs(options.costs)), options.output or options.costs.with_suffix(".png"))
+
+
+def _draw_examples(options: Namespace) -> None:
+    from lineara.tasks.long_range_arena.pictures import set_examples
+
+    figure = set_examples(options.set, data_root=options.data_root, num_examples=options.num)
+    _save(figure, options.output or Path(f"{options.set}.png"))
 
 
 def _bench_cost(options: Namespace) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lineara.tasks.comparison import _RUN, _complaint, compare, find_recipe
-from lineara.tasks.training import _locked
+from lineara.tasks.training import locked_folder
 
 # What Lightning's command line still calls of jsonargparse.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*(By default only one Jsonargparse|.* was deprecated in v4)")
@@ -203,7 +203,7 @@ time.sleep(600)
         os.kill(int(process), 0)
     assert "not yet run" in (tmp_path / "output/comparison.md").read_text()
     assert not (tmp_path / "output/one/seed0/result.json").exists()
-    with _locked(tmp_path / "output"):
+    with locked_folder(tmp_path / "output"):
         pass
 
 
@@ -335,7 +335,7 @@ def test_an_output_that_cannot_be_written_or_is_in_use_is_refused(recipe, tmp_pa
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"^output must be a folder that can be written to, got .*file"):
         compare([one], seeds=[0], output=tmp_path / "file")
-    with _locked(tmp_path), pytest.raises(ValueError, match="that no other `lineara compare` is writing to, got "):
+    with locked_folder(tmp_path), pytest.raises(ValueError, match="that no other `lineara compare` is writing to, got "):
         compare([one], seeds=[0], output=tmp_path)
 
 

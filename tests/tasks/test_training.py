@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from lineara.nn import SoftmaxAttention
 from lineara.tasks.long_range_arena import SequenceClassification
-from lineara.tasks.training import TrainingCommand, _locked, _WholeCheckpoints, load_run
+from lineara.tasks.training import TrainingCommand, locked_folder, _WholeCheckpoints, load_run
 
 # Advice that `lineara fit` silences too, two remarks about resumed runs, which do go on with the next batch, and what
 # Lightning's command line still calls of jsonargparse.
@@ -578,10 +578,10 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
 
 def test_a_folder_that_a_run_is_writing_to_is_refused(tmp_path):
     with (
-        _locked(tmp_path),
+        locked_folder(tmp_path),
         pytest.raises(ValueError, match="that no other `lineara fit` is writing to"),
-        _locked(tmp_path),
+        locked_folder(tmp_path),
     ):
         pass
-    with _locked(tmp_path):
+    with locked_folder(tmp_path):
         pass

@@ -22,7 +22,7 @@ from typing import Any
 from lineara.tasks.comparison_report import Row, write_report
 from lineara.tasks.files import write_text
 from lineara.tasks.run_cost import collect
-from lineara.tasks.training import TrainingCommand, _flat, _locked
+from lineara.tasks.training import TrainingCommand, flat_settings, locked_folder
 
 _RECIPES = Path("recipes")
 # A run has a process of its own: its peak memory is its own, and what ends it leaves the others alone. The thread ends
@@ -143,7 +143,7 @@ def _read_settings(recipe: Path, overrides: Sequence[str]) -> _Settings:
     except OSError as error:
         raise type(error)(f"{recipe} must be a recipe that can be read, got {error.strerror or error}") from error
     # By way of JSON, so that what is read back from a file can be compared with it.
-    flat = json.loads(json.dumps(_flat(config.as_dict()), default=str))
+    flat = json.loads(json.dumps(flat_settings(config.as_dict()), default=str))
     settings = {key.removeprefix("."): value for key, value in flat.items()}
     monitor = settings["checkpoint.monitor"]
     if not str(monitor).startswith("val"):
@@ -191,7 +191,7 @@ def _first_difference(one: _Settings, two: _Settings, ignore: str | None = None)
 def _locked_output(output: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
-            stack.enter_context(_locked(output))
+            stack.enter_context(locked_folder(output))
         except ValueError as error:
             raise ValueError(
                 f"output must be a folder that no other `lineara compare` is writing to, got {output}; wait for it, or "

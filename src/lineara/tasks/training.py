@@ -114,7 +114,7 @@ class TrainingCommand(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """What the subcommand `fit` runs: the trainer's fit, in a folder that is this run's alone."""
-        with _locked(Path(self._get(self.config, "run_dir"))) if self.trainer.is_global_zero else nullcontext():
+        with locked_folder(Path(self._get(self.config, "run_dir"))) if self.trainer.is_global_zero else nullcontext():
             self.trainer.fit(**arguments)
 
     def _recipe(self, subcommand: str) -> str:
@@ -208,7 +208,7 @@ def _given_keys(message: str) -> str:
 def _check_network(recipe: str, checkpoint: Path) -> None:
     """Raise unless the recipe's network is the checkpoint's: attention layers of different kinds share weight names."""
     ours, theirs = (
-        _flat(yaml.safe_load(text)["model"]["init_args"].get("network"))
+        flat_settings(yaml.safe_load(text)["model"]["init_args"].get("network"))
         for text in (recipe, _read_checkpoint(checkpoint)[_RECIPE])
     )
     different = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
@@ -220,14 +220,14 @@ def _check_network(recipe: str, checkpoint: Path) -> None:
         )
 
 
-def _flat(settings: Any, key: str = "") -> dict[str, Any]:
+def flat_settings(settings: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(settings, dict):
         return {key: settings}
-    return {k: v for name, part in settings.items() for k, v in _flat(part, f"{key}.{name}").items()}
+    return {k: v for name, part in settings.items() for k, v in flat_settings(part, f"{key}.{name}").items()}
 
 
 @contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
+def locked_folder(run_dir: Path) -> Iterator[None]:
     """Hold the run's folder for this process; the system lets go of it however the process ends."""
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / ".lock").open("w") as lock:

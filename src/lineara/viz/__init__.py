@@ -5,6 +5,7 @@ try:
     from lineara.viz.cost_curves import cost_curves
     from lineara.viz.example_images import example_images
     from lineara.viz.learning_curves import learning_curves, read_metrics
+    from lineara.viz.routing import router_load, routing_over_image, routing_over_tokens
     from lineara.viz.trade_off import trade_off
 except ModuleNotFoundError as error:
     raise ImportError(
@@ -19,6 +20,9 @@ __all__ = [
     "learning_curves",
     "map_grid",
     "read_metrics",
+    "router_load",
+    "routing_over_image",
+    "routing_over_tokens",
     "token_maps",
     "trade_off",
 ]

@@ -125,7 +125,7 @@ def _as_arrays(points: dict[int, float]) -> tuple[npt.NDArray[np.int64], npt.NDA
 
 def _draw_training(axes: Axes, steps: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> None:
     axes.plot(steps, values, color=_TRAINING, alpha=0.35, linewidth=0.9)
-    axes.plot(steps, _smoothed(values), color=_TRAINING, linewidth=2, label="training, averaged")
+    axes.plot(steps, smoothed(values), color=_TRAINING, linewidth=2, label="training, averaged")
 
 
 def _draw_validation(
@@ -156,7 +156,7 @@ def _draw_trivial_answers(axes: Axes, metrics: Metrics) -> None:
             )
 
 
-def _smoothed(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def smoothed(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The centred mean over `_SMOOTHED_SHARE` of the values; over fewer where the window reaches beyond an end."""
     reach = int(len(values) * _SMOOTHED_SHARE / 2)
     window = np.ones(2 * reach + 1)

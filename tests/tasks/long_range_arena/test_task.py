@@ -150,7 +150,7 @@ def test_load_balancing_is_added_to_the_loss_and_loads_are_logged(tmp_path, data
     assert len(run.steps) == STEPS
     for differentiated, logged, lasts in run.steps:
         assert len(lasts) == 2
-        terms = sum(float(last.load_balancing) for last in lasts)
+        terms = sum(last.load_balancing.item() for last in lasts)
         assert differentiated == pytest.approx(logged["train/loss"] + 0.3 * terms, rel=1e-5)
         for layer, last in enumerate(lasts):
             shares = [logged[f"train/load_layer{layer}_head{head}"] for head in range(4)]
