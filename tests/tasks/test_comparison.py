@@ -335,7 +335,10 @@ def test_an_output_that_cannot_be_written_or_is_in_use_is_refused(recipe, tmp_pa
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"^output must be a folder that can be written to, got .*file"):
         compare([one], seeds=[0], output=tmp_path / "file")
-    with locked_folder(tmp_path), pytest.raises(ValueError, match="that no other `lineara compare` is writing to, got "):
+    with (
+        locked_folder(tmp_path),
+        pytest.raises(ValueError, match="that no other `lineara compare` is writing to, got "),
+    ):
         compare([one], seeds=[0], output=tmp_path)
 
 

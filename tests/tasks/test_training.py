@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from lineara.nn import SoftmaxAttention
 from lineara.tasks.long_range_arena import SequenceClassification
-from lineara.tasks.training import TrainingCommand, locked_folder, _WholeCheckpoints, load_run
+from lineara.tasks.training import TrainingCommand, _WholeCheckpoints, load_run, locked_folder
 
 # Advice that `lineara fit` silences too, two remarks about resumed runs, which do go on with the next batch, and what
 # Lightning's command line still calls of jsonargparse.
