@@ -3,7 +3,7 @@
 Every variant trains the same encoder on the same expressions with the same schedule and is tested after its last step.
 A finished run is kept in the results file and not run again.
 
-    python benchmarks/multiresolution_ablation.py [--seeds 0 1 2] [--steps 1000] [--output runs/ablation/results.jsonl]
+    python benchmarks/multiresolution_ablation.py [--seeds 0 1 2] [--steps 600] [--output runs/ablation/results.jsonl]
 """
 
 import argparse
@@ -38,7 +38,7 @@ _DEFAULT_RESOLUTIONS = "8 4 2 1"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--output", type=Path, default=Path("runs/ablation/results.jsonl"))
     parser.add_argument("--only", nargs="+", help="names of variants; default all")
     options = parser.parse_args()
@@ -107,14 +107,32 @@ def _train(attention: Callable[[int], torch.nn.Module], seed: int, steps: int) -
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| variant | accuracy, mean of seeds | spread | seeds |", "|---|---|---|---|"]
-    by_variant: dict[str, list[float]] = {}
+    """Every variant, by its loss; then every option of the full grid, averaged over all others."""
+    by_variant: dict[str, list[dict[str, Any]]] = {}
+    by_option: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        by_variant.setdefault(row["variant"], []).append(row["accuracy"])
-    for name, accuracies in sorted(by_variant.items(), key=lambda item: -statistics.fmean(item[1])):
-        spread = f"{statistics.stdev(accuracies):.3f}" if len(accuracies) > 1 else "one seed"
-        lines.append(f"| {name} | {statistics.fmean(accuracies):.3f} | {spread} | {len(accuracies)} |")
+        by_variant.setdefault(row["variant"], []).append(row)
+        parts = row["variant"].split(", ")
+        if parts[-1] == _DEFAULT_RESOLUTIONS:
+            for factor, option in zip(("compression", "feature map", "routing"), parts):
+                by_option.setdefault((factor, option), []).append(row)
+    lines = ["| variant | test loss | test accuracy | seeds |", "|---|---|---|---|"]
+    ranked = sorted(by_variant.items(), key=lambda item: statistics.fmean(row["loss"] for row in item[1]))
+    lines += [
+        f"| {name} | {_cell(found, 'loss')} | {_cell(found, 'accuracy')} | {len(found)} |" for name, found in ranked
+    ]
+    lines += ["", "| option | over | test loss | test accuracy | runs |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {factor} {option} | all others | {_cell(found, 'loss')} | {_cell(found, 'accuracy')} | {len(found)} |"
+        for (factor, option), found in by_option.items()
+    ]
     return "\n".join(lines)
+
+
+def _cell(rows: list[dict[str, Any]], name: str) -> str:
+    values = [row[name] for row in rows]
+    spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 def _read(path: Path) -> dict[tuple[str, int, int], dict[str, Any]]:

@@ -226,6 +226,16 @@ def test_a_map_of_any_size_keeps_its_shape_and_every_pixel_routes(compression):
     assert all(weight.grad is not None for weight in layer.parameters())
 
 
+def test_maps_of_any_size_compile_into_one_graph():
+    torch._dynamo.reset()
+    layer = made_2d()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((5, 11), (7, 13)):
+        x = torch.randn(2, 7, *size, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), layer(x))
+    torch._dynamo.reset()
+
+
 def test_with_zero_init_a_map_stays_as_it_is():
     x = torch.randn(2, 7, 5, 11, dtype=torch.float64)
     assert torch.equal(made_2d(zero_init=True)(x), x)

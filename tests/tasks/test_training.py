@@ -463,7 +463,7 @@ class Malicious:
 
 
 def missing(good, path):
-    return "must be a checkpoint, got no such file; train first with `lineara fit`, or name a checkpoint by --ckpt_path"
+    return "must be a checkpoint, got no such file; train first with `lineara fit`, or name another file"
 
 
 def empty(good, path):

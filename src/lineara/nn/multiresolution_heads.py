@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lineara.nn.router import Router, Routing
+from lineara.nn.router import Router, Routing, check_top_k
 from lineara.ops import multiresolution_attention
 from lineara.ops.checks import check_choice
 from lineara.ops.dispatch import IMPLEMENTATIONS
@@ -50,6 +50,7 @@ class MultiresolutionHeads(nn.Module):
         self.feature_map = feature_map
         self.scale = scale
         self.impl = impl
+        check_top_k(top_k, num_heads)
         self.router = None
         if routing == "query" and num_heads > 1:
             self.router = Router(key_dim, num_heads, top_k, device=device, dtype=dtype)
@@ -105,6 +106,8 @@ class MultiresolutionHeads(nn.Module):
 def _checked_resolutions(resolutions: Sequence[int] | None, num_heads: int) -> tuple[int, ...]:
     if resolutions is None:
         return tuple(2 ** (num_heads - 1 - head) for head in range(num_heads))
+    if isinstance(resolutions, str) or not isinstance(resolutions, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"resolutions must be a sequence of integers or None, got {resolutions!r}")
     if len(resolutions) != num_heads:
         raise ValueError(
             f"resolutions must have one entry for each head, got {len(resolutions)} of them and num_heads={num_heads}"

@@ -46,10 +46,7 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(top_k, bool) or not isinstance(top_k, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"top_k must be an integer, got {top_k!r}")
-        if not 1 <= top_k <= num_heads:
-            raise ValueError(f"top_k must be at least 1 and at most num_heads={num_heads}, got {top_k}")
+        check_top_k(top_k, num_heads)
         self.num_heads = num_heads
         self.top_k = top_k
         self.logits = nn.Linear(dim, num_heads, device=device, dtype=dtype)
@@ -88,3 +85,11 @@ class Router(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle is of the weights; the last decision belongs to a graph that cannot be copied.
         return {**super().__getstate__(), "last": None}  # type: ignore[misc]
+
+
+def check_top_k(top_k: int, num_heads: int) -> None:
+    """Raise unless a query can use so many heads."""
+    if isinstance(top_k, bool) or not isinstance(top_k, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"top_k must be an integer, got {top_k!r}")
+    if not 1 <= top_k <= num_heads:
+        raise ValueError(f"top_k must be at least 1 and at most num_heads={num_heads}, got {top_k}")

@@ -263,8 +263,7 @@ def _choose_checkpoint(subcommand: str, run_dir: Path, given: str | None) -> Pat
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} must be a checkpoint, got no such file; train first with `lineara fit`, or name a checkpoint by "
-            "--ckpt_path"
+            f"{path} must be a checkpoint, got no such file; train first with `lineara fit`, or name another file"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

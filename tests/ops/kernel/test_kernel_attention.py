@@ -171,6 +171,38 @@ def test_elu_keeps_the_digits_of_small_features():
     torch.testing.assert_close(kernel_attention(query, key, value, feature_map="elu").double(), exact)
 
 
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(("feature_map", "shift"), [("elu", -30.0), ("elu", -40.0), ("relu", None)])
+def test_gradients_of_tiny_denominators_are_finite_and_right(impl, feature_map, shift, with_gradients, small_blocks):
+    if shift is None:
+        query, key, value = (torch.tensor(x).view(1, 1, -1, 1) for x in ([1e-8], [1e-12, 2e-12], [1.0, 4.0]))
+    else:
+        query, value = torch.full((1, 1, 2, 8), shift), torch.randn(1, 1, 53, 3)
+        key = torch.randn(1, 1, 53, 8) + shift
+    inputs, grad_output = [query, key, value], torch.randn(1, 1, query.shape[2], value.shape[3])
+
+    def call(*inputs):
+        return kernel_attention(*inputs, feature_map=feature_map, impl=impl)
+
+    given = with_gradients(call, inputs, grad_output)
+    exact = with_gradients(call, [tensor.double() for tensor in inputs], grad_output.double())
+    torch.testing.assert_close(given[0].double(), exact[0], rtol=1e-3, atol=1e-3)
+    largest = max(gradient.abs().max() for gradient in exact[1:])
+    for one, other in zip(given[1:], exact[1:]):
+        assert (one.double() - other).abs().max() <= 1e-3 * largest
+
+
+@IMPLEMENTATIONS
+def test_denominators_that_are_no_normal_numbers_count_as_zero(impl, with_gradients, small_blocks):
+    query, value = torch.full((1, 1, 2, 2), -49.0), torch.randn(1, 1, 5, 3)
+    results = with_gradients(
+        lambda *inputs: kernel_attention(*inputs, impl=impl),
+        [query, query[:, :, :1] + torch.randn(5, 2), value],
+        torch.randn(1, 1, 2, 3),
+    )
+    assert all((result == 0).all() for result in results)
+
+
 # The operator.
 
 

@@ -282,7 +282,7 @@ def test_items_and_heads_do_not_see_each_other(impl, compression):
 
 @MAPS
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("resolution", [13, 64])
+@pytest.mark.parametrize("resolution", [13, 64, 10**9])
 def test_a_resolution_beyond_the_sequence_is_one_window(impl, feature_map, resolution):
     query, key, value = tensors(heads=1)
     given = multiresolution_attention(query, key, value, resolutions=[resolution], feature_map=feature_map, impl=impl)
@@ -290,6 +290,23 @@ def test_a_resolution_beyond_the_sequence_is_one_window(impl, feature_map, resol
     if feature_map == "relu":
         mean = torch.where(given == 0, 0.0, mean)  # where query and key have no positive channel in common
     assert_close(given, mean)
+
+
+@KINDS
+@IMPLEMENTATIONS
+def test_a_window_larger_than_the_grid_holds_all_of_it(impl, compression):
+    """And costs no more: of 10,000 places in the window, only those on the grid are looked at."""
+    query, key, value = tensors(keys=6)
+    options = {"compression": compression, "key_shape": (2, 3), "impl": impl}
+    options |= weights(compression, resolutions=[100] * 5, num_axes=2)
+    given = multiresolution_attention(query, key, value, resolutions=[100] * 5, **options)
+    if compression == "conv":
+        places = [0, 1, 2, 100, 101, 102]
+        for name in ("key_weight", "value_weight"):
+            small = torch.zeros(5, options[name].shape[1], 9, dtype=torch.float64)
+            small[:, :, [0, 1, 2, 3, 4, 5]] = options[name][:, :, places] * 10_000 / 9
+            options[name] = small
+    assert_close(given, multiresolution_attention(query, key, value, resolutions=[3] * 5, **options))
 
 
 @IMPLEMENTATIONS
@@ -494,6 +511,11 @@ def test_forward_mode_differentiation_is_refused_by_blocks():
             r"key_weight must have the shape .* = \(5, 3, 4\), got \(5, 3, 3\)",
         ),
         ({"key_shape": (3, 4)}, ValueError, r"the product of key_shape must be .* got \(3, 4\) and 13"),
+        ({"key_shape": (-13, -1)}, ValueError, "the product of key_shape must be the number of key positions"),
+        ({"key_shape": (13.0,)}, TypeError, "key_shape must be a sequence of integers, got"),
+        ({"key_shape": 13}, TypeError, "key_shape must be a sequence of integers, got 13"),
+        ({"gate": [1.0]}, TypeError, "gate must be a torch.Tensor or None, got list"),
+        ({"compression": "conv", "key_weight": [1], "value_weight": [1]}, TypeError, "key_weight must be a torch.Tens"),
         ({"scale": torch.ones(())}, TypeError, "scale must be a number"),
         ({"impl": "triton"}, ValueError, "impl must be an implementation that multiresolution_attention has"),
         ({"key_mask": torch.ones(2, 7, dtype=torch.bool)}, ValueError, "key_mask must have the shape"),

@@ -34,7 +34,8 @@ def kernel_attention(
 
     phi(x) is relu(scale x) or elu(scale x) + 1, channel by channel. The implied attention weights
     phi(q_i) . phi(k_j) / (phi(q_i) . z) are non-negative and sum to 1; where the denominator is 0, which relu allows,
-    the output is 0. (With softmaxes as feature maps this is `efficient_attention`.)
+    or below the smallest normal number, the output is 0. (With softmaxes as feature maps this is
+    `efficient_attention`.)
 
     Args:
         query: (batch, heads, query positions, key channels); float64, float32, bfloat16 or float16, any strides.

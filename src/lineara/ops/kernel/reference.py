@@ -30,9 +30,10 @@ def summarize(
 def apply(query: Tensor, total: Tensor, weighted_sum: Tensor, feature_map: str, scale: float) -> Tensor:
     weights = features(times_scale(query, scale), feature_map)  # (B, H, N, K)
     denominator = weights @ total[..., None]  # (B, H, N, 1)
-    defined = denominator > 0
-    inverse = torch.where(defined, denominator, 1.0).reciprocal() * defined
-    return (weights @ weighted_sum * inverse).to(query.dtype)  # (B, H, N, V)
+    defined = denominator >= torch.finfo(denominator.dtype).tiny
+    # (A division, because the gradient of a reciprocal squares it, which overflows early.)
+    output = weights @ weighted_sum / torch.where(defined, denominator, 1.0) * defined  # (B, H, N, V)
+    return output.to(query.dtype)
 
 
 def features(tensor: Tensor, feature_map: str) -> Tensor:

@@ -158,11 +158,11 @@ def _times_slope(gradient: Tensor, weights: Tensor, feature_map: str, scale: flo
 
 
 def _inverse(weights: Tensor, total: Tensor, feature_map: str) -> Tensor | None:
-    """1 / (weights . total), and 0 where that is 0: (R, n, 1); None stands for 1, which it is under softmax."""
+    """1 / (weights . total), and 0 where that is not a normal number: (R, n, 1); None is the 1 that softmax has."""
     if feature_map == "softmax":
         return None
     denominator = torch.bmm(weights, total[:, :, None], out=weights.new_empty((*weights.shape[:2], 1)))  # (R, n, 1)
-    return denominator.reciprocal().masked_fill_(denominator <= 0, 0.0)
+    return denominator.reciprocal().masked_fill_(denominator < torch.finfo(denominator.dtype).tiny, 0.0)
 
 
 def _times_gate(inverse: Tensor | None, gate: Tensor) -> Tensor | None:

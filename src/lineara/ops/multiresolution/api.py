@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lineara.ops.blocks import fits_one_block
@@ -57,7 +58,8 @@ def multiresolution_attention(
         key: (batch, heads, key positions, key channels), of the same dtype.
         value: (batch, heads, key positions, value channels), of the same dtype.
         resolutions: for every head, the number of positions r_h >= 1 that one key stands for, along each axis of
-            `key_shape`. Heads of the same resolution are computed together where they are neighbours.
+            `key_shape`; one beyond the grid makes a single window. Heads of the same resolution are computed together
+            where they are neighbours.
         compression: `"mean"`, `"max"` or `"conv"`.
         feature_map: `"softmax"`, `"relu"` or `"elu"` (elu + 1).
         gate: (batch, heads, query positions), multiplies the output of each head: 0 where a query does not use it.
@@ -101,6 +103,9 @@ def multiresolution_attention(
     key_shape = _checked_shape(key_shape, key)
     _check_gate(gate, query)
     _check_weights(key_weight, value_weight, key, value, compression, max(resolutions) ** len(key_shape))
+    if compression != "conv":  # whose places in the window have numbers that depend on the resolution
+        largest = max(1, *key_shape)
+        resolutions = [min(resolution, largest) for resolution in resolutions]
     implementation = choose_implementation("multiresolution_attention", impl, query)
     if implementation == "streaming" and not fits_one_block(query, key, value):
         tensors = (query, key, value, gate, key_weight, value_weight)
@@ -128,6 +133,8 @@ def multiresolution_attention(
 def _check_resolutions(resolutions: Sequence[int], query: Tensor) -> None:
     if isinstance(resolutions, str) or not isinstance(resolutions, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"resolutions must be a sequence of integers, got {type(resolutions).__name__}")
+    if query.shape[1] == 0:
+        raise ValueError(f"query must have at least one head, got the shape {tuple(query.shape)}")
     if len(resolutions) != query.shape[1]:
         raise ValueError(
             f"resolutions must have one entry for each of the {query.shape[1]} heads, got {len(resolutions)}"
@@ -142,7 +149,9 @@ def _check_resolutions(resolutions: Sequence[int], query: Tensor) -> None:
 def _checked_shape(key_shape: Sequence[int] | None, key: Tensor) -> tuple[int, ...]:
     if key_shape is None:
         return (key.shape[2],)
-    if not key_shape or math.prod(key_shape) != key.shape[2]:
+    if not isinstance(key_shape, Sequence) or not all(isinstance(size, int | torch.SymInt) for size in key_shape):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"key_shape must be a sequence of integers, got {key_shape!r}")
+    if not key_shape or min(key_shape) < 0 or math.prod(key_shape) != key.shape[2]:
         raise ValueError(
             f"the product of key_shape must be the number of key positions, got {tuple(key_shape)} and {key.shape[2]}"
         )
@@ -152,6 +161,7 @@ def _checked_shape(key_shape: Sequence[int] | None, key: Tensor) -> tuple[int, .
 def _check_gate(gate: Tensor | None, query: Tensor) -> None:
     if gate is None:
         return
+    _check_is_tensor("gate", gate)
     if tuple(gate.shape) != tuple(query.shape[:3]):
         raise ValueError(
             f"gate must have the shape (batch, heads, query positions) = {tuple(query.shape[:3])}, "
@@ -171,6 +181,7 @@ def _check_weights(
             )
         if weight is None:
             continue
+        _check_is_tensor(name, weight)
         expected = (tensor.shape[1], tensor.shape[3], size)
         if tuple(weight.shape) != expected:
             raise ValueError(
@@ -178,3 +189,8 @@ def _check_weights(
                 f"got {tuple(weight.shape)}"
             )
         check_same_dtype_and_device((name.removesuffix("_weight"), name), (tensor, weight))
+
+
+def _check_is_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(tensor).__name__}")

@@ -173,12 +173,14 @@ class _Windows:
 
     def _offsets(self) -> Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
         """For every place in a window: its number, the positions there, and the windows that have such a position."""
-        for index, offset in enumerate(product(range(self._resolution), repeat=len(self._grid))):
+        everything = (slice(None), slice(None))
+        for offset in product(*(range(min(self._resolution, size)) for size in self._grid)):
+            index = 0
+            for start in offset:
+                index = index * self._resolution + start
             counts = [len(range(start, size, self._resolution)) for start, size in zip(offset, self._grid)]
-            if all(counts):
-                everything = (slice(None), slice(None))
-                positions = tuple(slice(start, None, self._resolution) for start in offset)
-                yield index, (*everything, *positions), (*everything, *(slice(count) for count in counts))
+            positions = tuple(slice(start, None, self._resolution) for start in offset)
+            yield index, (*everything, *positions), (*everything, *(slice(count) for count in counts))
 
     def _visible(self, tensor: Tensor, positions: tuple[slice, ...], fill: float) -> Tensor:
         part = on_grid(tensor, self._grid)[positions]  # (B, h, *windows, D)
