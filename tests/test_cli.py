@@ -634,6 +634,7 @@ def test_a_comparison_prints_its_table_and_ends_with_status_2_when_a_run_fails(c
     assert json.loads(Path("out/recipe/seed3/settings.json").read_text())["trainer.max_steps"] == 5
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_comparison_ends_with_status_130(call, monkeypatch):
     interrupt = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
     monkeypatch.setattr("lineara.tasks.comparison._RUN", interrupt)

@@ -186,6 +186,7 @@ def test_a_run_ends_with_the_process_that_started_it():
     assert process.wait() == 1  # and not 2, of the unknown word
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_ends_the_run_too_and_leaves_a_folder_to_go_on_with(recipe, tmp_path, monkeypatch):
     pipe = tmp_path / "pipe"
     interrupt = f"""
