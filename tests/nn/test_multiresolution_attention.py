@@ -60,7 +60,7 @@ def test_it_equals_the_formula_written_out_with_its_weights(masked):
             q = query[position, 5 * head : 5 * head + 5]
             o = 3 * probability[position, head] * (q.softmax(-1) @ contexts[head])  # (11,)
             expected = layer.output.weight[:, 11 * head : 11 * head + 11] @ o + layer.output.bias
-            torch.testing.assert_close(given[item, position], expected, rtol=1e-5, atol=1e-6)  # float32 gates
+            torch.testing.assert_close(given[item, position], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_one_head_is_efficient_attention_with_the_same_weights():
@@ -125,7 +125,7 @@ def test_cross_attention_takes_windows_of_the_context_and_counts_every_query():
     mask[:, :8] = True
     given = layer(x, context, key_mask=mask)
     torch.testing.assert_close(given, layer(x, context[:, :8]))
-    torch.testing.assert_close(layer.last_routing.load.sum(), torch.tensor(1.0))
+    torch.testing.assert_close(layer.last_routing.load.sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
 def test_copies_and_saved_weights_know_nothing_of_the_last_call():

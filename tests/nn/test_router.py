@@ -26,7 +26,7 @@ def test_the_gate_is_the_probability_of_the_likeliest_heads_relative_to_an_even_
         probability = (query @ router.logits.weight.mT + router.logits.bias).softmax(-1)
         least = probability.sort(-1, descending=True).values[..., top_k - 1, None]
         expected = torch.where(probability >= least, 5 * probability, 0.0)
-        torch.testing.assert_close(gate, expected, rtol=1e-6, atol=1e-7)  # computed in float32
+        torch.testing.assert_close(gate, expected, rtol=1e-12, atol=1e-12)
         assert ((gate > 0).sum(-1) == top_k).all()
 
 
@@ -37,7 +37,7 @@ def test_what_was_decided_is_told():
     routing = router.last
     assert (gate.gather(2, routing.choice) > 0).all()
     assert routing.choice.shape == (2, 13, 2)
-    torch.testing.assert_close(routing.load, (gate > 0).float().mean((0, 1)) / 2)
+    torch.testing.assert_close(routing.load, (gate > 0).double().mean((0, 1)) / 2)
     mean = routing.probability.mean((0, 1))
     torch.testing.assert_close(routing.load_balancing, 5 * (routing.load * mean).sum())
     assert not routing.probability.requires_grad
@@ -47,13 +47,13 @@ def test_what_was_decided_is_told():
 def test_an_even_choice_has_load_balancing_of_one_and_a_collapsed_one_of_the_number_of_heads():
     router, query = made(5)
     router(query, None)
-    torch.testing.assert_close(router.last.load_balancing, torch.tensor(1.0))
+    torch.testing.assert_close(router.last.load_balancing, torch.tensor(1.0, dtype=torch.float64))
     router, query = made(1)
     with torch.no_grad():
         router.logits.weight.zero_()
         router.logits.bias.copy_(torch.tensor([0.0, 0.0, 50.0, 0.0, 0.0]))
     router(query, None)
-    torch.testing.assert_close(router.last.load_balancing, torch.tensor(5.0))
+    torch.testing.assert_close(router.last.load_balancing, torch.tensor(5.0, dtype=torch.float64))
     assert router.last.load.tolist() == [0.0, 0.0, 1.0, 0.0, 0.0]
 
 

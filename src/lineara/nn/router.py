@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lineara.ops.precision import accumulation_dtype
+
 
 class Routing(NamedTuple):
     """What a router decided in one forward call, over the valid queries.
@@ -13,7 +15,7 @@ class Routing(NamedTuple):
     """
 
     choice: Tensor  # (batch, positions, top_k): the heads of each query, the likeliest first
-    probability: Tensor  # (batch, positions, heads), float32, without a gradient
+    probability: Tensor  # (batch, positions, heads), without a gradient
     load: Tensor  # (heads,): the share of all choices that fell on each head, without a gradient
     load_balancing: Tensor  # (): heads * sum of load * mean probability, 1 where both are even; has a gradient
 
@@ -60,7 +62,8 @@ class Router(nn.Module):
             query_mask: boolean (batch, positions), False = not to be counted in the statistics; None counts all.
         """
         # Heads before positions: over a last axis of so few entries torch's softmax takes many times as long.
-        logits = self.logits(query).float().mT.contiguous()  # (B, H, N)
+        logits = self.logits(query)
+        logits = logits.to(accumulation_dtype(logits.dtype)).mT.contiguous()  # (B, H, N)
         probability = logits.softmax(dim=1)  # (B, H, N)
         choice = probability.detach().topk(self.top_k, dim=1).indices  # (B, top_k, N)
         chosen = torch.zeros_like(probability).scatter(1, choice, 1.0)  # (B, H, N)
