@@ -65,7 +65,7 @@ WHICH_WAY_IMPORTS_POINT = (
     Row(
         r"tasks/.*",
         f"torch lightning torchmetrics numpy tqdm {DATA_LIBRARIES}",
-        rooms="tasks models nn ops viz",
+        rooms="tasks models nn ops viz measure",
     ),
     Row(r"viz/.*", "torch numpy matplotlib", rooms="viz nn ops"),
     # Not in the first plan: an installed `lineara bench` cannot import the repository's benchmarks/.

@@ -102,7 +102,7 @@ def after_a_warm_up_of_the_same_size(mib):
 
 
 def without_the_mark(mib):
-    calls._reset_high_water_mark = lambda: False
+    calls.reset_high_water_mark = lambda: False
     return temporary(mib)
 
 
@@ -169,8 +169,8 @@ def test_without_the_mark_at_all_the_resource_usage_counts(monkeypatch):
         raise KeyError(field)
 
     monkeypatch.setattr(calls, "_status_bytes", no_status)
-    assert not calls._reset_high_water_mark()
-    assert 0.9 * mark < calls._all_time_maximum() < 100 * mark
+    assert not calls.reset_high_water_mark()
+    assert 0.9 * mark < calls.all_time_maximum() < 100 * mark
 
 
 @ON_LINUX

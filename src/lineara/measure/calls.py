@@ -143,15 +143,16 @@ def _answer() -> None:
 
 def _peak_on_cpu(call: Callable[[], object]) -> int:
     gc.collect()
-    resets = _reset_high_water_mark()
-    before = _status_bytes("VmRSS") if resets else _all_time_maximum()
+    resets = reset_high_water_mark()
+    before = _status_bytes("VmRSS") if resets else all_time_maximum()
     result = call()
-    peak = (_status_bytes("VmHWM") if resets else _all_time_maximum()) - before
+    peak = (_status_bytes("VmHWM") if resets else all_time_maximum()) - before
     del result
     return max(peak, 0)
 
 
-def _reset_high_water_mark() -> bool:
+def reset_high_water_mark() -> bool:
+    """Let the kernel's mark of the most resident memory begin anew; whether it can."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status_bytes("VmHWM") > 0
@@ -165,7 +166,8 @@ def _status_bytes(field: str) -> int:
     return int(fields[field].split()[0]) * 1024
 
 
-def _all_time_maximum() -> int:
+def all_time_maximum() -> int:
+    """The most resident memory of this process since its start, or since the mark was reset, in bytes."""
     try:
         return _status_bytes("VmHWM")
     except (OSError, KeyError):

@@ -87,7 +87,7 @@ class Router(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle is of the weights; the last decision belongs to a graph that cannot be copied.
-        return {**super().__getstate__(), "last": None}  # type: ignore[misc]
+        return {**self.__dict__, "last": None}
 
 
 def check_top_k(top_k: int, num_heads: int) -> None:

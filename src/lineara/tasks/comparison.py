@@ -38,7 +38,7 @@ sys.exit(main(["fit", *words, "--ckpt_path", "last"]) or main(["test", *words]))
 _NOT_BUDGET = ("config", "run_dir", "seed_everything", "checkpoint.dirpath")
 _NETWORK = "model.init_args.network"
 
-_Settings = Mapping[str, Any]
+_Settings = dict[str, Any]
 
 
 def find_recipe(name: str) -> Path:
@@ -110,10 +110,10 @@ def compare(
     return rows
 
 
-def _check_names(what: str, names: Sequence[str] | Sequence[int]) -> None:
+def _check_names(what: str, names: Sequence[object]) -> None:
     if not names:
         raise ValueError(f"{what} must name at least one, got none")
-    twice = next((name for name in names if names.count(name) > 1), None)  # type: ignore[arg-type]
+    twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{what} must differ from each other, got {twice} twice; a run's folder bears its name")
 
@@ -180,7 +180,7 @@ def _check_begun_with(run_dir: Path, settings: _Settings) -> None:
 
 
 def _first_difference(one: _Settings, two: _Settings, ignore: str | None = None) -> tuple[str, str, str] | None:
-    for key in one | two:  # type: ignore[operator]
+    for key in one | two:
         ignored = ignore is not None and (key == ignore or key.startswith(f"{ignore}."))
         if not ignored and one.get(key, "not set") != two.get(key, "not set"):
             return key, str(one.get(key, "not set")), str(two.get(key, "not set"))

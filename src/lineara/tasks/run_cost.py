@@ -3,7 +3,6 @@
 import json
 import platform
 import statistics
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from lineara.measure.calls import all_time_maximum, reset_high_water_mark
 from lineara.tasks.files import write_text
 
 _FOLDER = "measured"
@@ -44,8 +44,8 @@ class RunCost(Callback):
         if _on_cuda(trainer):
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
         else:
-            _reset_resident_peak()
-            self._memory_before = _resident_peak()
+            reset_high_water_mark()  # where it cannot be, growth beyond the largest so far is what is measured
+            self._memory_before = all_time_maximum()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
@@ -87,7 +87,7 @@ class RunCost(Callback):
             return
         self._read_marks(trainer)
         on_cuda, device = _on_cuda(trainer), trainer.strategy.root_device
-        peak = torch.cuda.max_memory_allocated(device) if on_cuda else max(_resident_peak() - self._memory_before, 0)
+        peak = torch.cuda.max_memory_allocated(device) if on_cuda else max(all_time_maximum() - self._memory_before, 0)
         step = trainer.global_step if self._step is None else self._step
         content = {
             "first_step": step,
@@ -151,22 +151,3 @@ def _best_score(trainer: Trainer) -> float | None:
 
 def _cpu_name() -> str:
     return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def _reset_resident_peak() -> None:
-    """Where it cannot be reset, growth beyond the largest so far is what is measured."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _resident_peak() -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) * 1024
-    except (OSError, StopIteration):
-        import resource  # not on Windows
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

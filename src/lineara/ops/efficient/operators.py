@@ -44,11 +44,7 @@ def efficient_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_query, grad_context = streaming.attend_backward(grad_output, query, context, normalization, scale)
-    # context = S / s, so dS = dC / s and ds = -rowsum(C * dC) / s. Dividing here keeps exp(K - m) within [0, 1] in the
-    # long pass, which stays exact where exp(K - log s - m) would cancel large numbers.
-    divisor = torch.where(total > 0, total, 1.0)
-    grad_weighted_sum = grad_context / divisor[..., None]
-    grad_total = -(context * grad_weighted_sum).sum(dim=3)
+    grad_total, grad_weighted_sum = streaming.context_backward(grad_context, context, total)
     grad_key, grad_value = streaming.summarize_backward(
         grad_total, grad_weighted_sum, key, value, key_mask, maximum, normalization, scale
     )

@@ -86,6 +86,16 @@ def summarize_backward(
     return grad_key, grad_value
 
 
+def context_backward(grad_context: Tensor, context: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of total and weighted sum: context = S / s, so dS = dC / s and ds = -rowsum(C * dC) / s.
+
+    Dividing here keeps exp(K - m) within [0, 1] in the long pass that follows, which stays exact where
+    exp(K - log s - m) would cancel large numbers.
+    """
+    grad_weighted_sum = grad_context / torch.where(total > 0, total, 1.0)[..., None]
+    return -(context * grad_weighted_sum).sum(dim=3), grad_weighted_sum
+
+
 def attend(query: Tensor, context: Tensor, normalization: str, scale: float) -> Tensor:
     """The query weights of every position, times the context matrix: (B, H, N, V)."""
     output = query.new_empty((*query.shape[:3], context.shape[3]))

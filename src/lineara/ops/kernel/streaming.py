@@ -120,9 +120,8 @@ def attend_backward(
                     product.mul_(scale)
             else:
                 dz[:, :, None].baddbmm_(weighted.mT, share, alpha=-1.0)
-                product.sub_(share * z[:, None])
-                if factor is not None:
-                    product.mul_(factor)
+                assert factor is not None, "only softmax has none"
+                product.sub_(share * z[:, None]).mul_(factor)
                 _times_slope(product, weights, feature_map, scale)
     return grad_query, grad_total, grad_context, None if gate is None else grad_gates[..., 0]
 

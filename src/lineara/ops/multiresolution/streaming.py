@@ -90,10 +90,7 @@ def summarize_backward(
         k, v = windows.compress(*of_key), windows.compress(*of_value)
         dz, dC = grad_total[:, heads], grad_context[:, heads]
         if feature_map == "softmax":
-            # The context is S / s, so dS = dC / s and ds = -rowsum(C * dC) / s.
-            s = total[:, heads]
-            dS = dC / torch.where(s > 0, s, 1.0)[..., None]
-            ds = -(context[:, heads] * dS).sum(dim=3)
+            ds, dS = efficient.context_backward(dC, context[:, heads], total[:, heads])
             dk, dv = efficient.summarize_backward(ds, dS, k, v, windows.mask, maximum[:, heads], "softmax", scale)
         else:
             dk, dv = kernel.summarize_backward(dz, dC, k, v, windows.mask, feature_map, scale)
@@ -126,10 +123,10 @@ class _Windows:
         if self._are_positions:
             return tensor
         dtype = accumulation_dtype(tensor.dtype)
-        start, hidden_as = (-torch.inf, -torch.inf) if self._kind == "max" else (0.0, 0.0)
-        result = tensor.new_full((*tensor.shape[:2], *self._grid_of_windows, tensor.shape[3]), start, dtype=dtype)
+        fill = -torch.inf if self._kind == "max" else 0.0
+        result = tensor.new_full((*tensor.shape[:2], *self._grid_of_windows, tensor.shape[3]), fill, dtype=dtype)
         for index, positions, windows in self._offsets():
-            part, target = self._visible(tensor, positions, hidden_as), result[windows]
+            part, target = self._visible(tensor, positions, fill), result[windows]
             if self._kind == "max":
                 torch.maximum(target, part.to(dtype), out=target)
             elif weight is None:
