@@ -1,5 +1,7 @@
 """Whole networks, made of the layers of `lineara.nn`."""
 
+from lineara.models.mask_rcnn import mask_rcnn
+from lineara.models.resnet import resnet
 from lineara.models.sequence_classifier import SequenceClassifier
 
-__all__ = ["SequenceClassifier"]
+__all__ = ["SequenceClassifier", "mask_rcnn", "resnet"]

@@ -1,0 +1,90 @@
+"""Weights of a plain network into one with attention modules."""
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+# The modules that a plain network has not: behind a stage, and on a level of the pyramid.
+_ATTENTION = re.compile(r"(^|\.)(layer\d\.attention|extra_blocks\.fpn\d)\.")
+# The last layers, whose size is the number of classes.
+_PREDICTORS = re.compile(
+    r"(^|\.)(fc|box_predictor\.(cls_score|bbox_pred)|mask_predictor\.mask_fcn_logits)\.(weight|bias)$"
+)
+_COUNTERS = "num_batches_tracked"  # frozen normalisation keeps none
+
+
+def load_plain_weights(network: nn.Module, path: Path | str, *, part: str | None = None) -> list[str]:
+    """Load a file of weights of the plain network; modules of attention that it lacks stay as they are.
+
+    Last layers of another number of classes also stay as they are, with a warning that names them. The classifier `fc`
+    of a ResNet is left out where `network` has none.
+
+    Args:
+        network: made by `resnet` or `mask_rcnn`.
+        path: a state dict of torchvision, saved by torch.save; or a checkpoint of `lineara fit`.
+        part: submodule of `network` to load into, such as `"backbone.body"` for weights of a ResNet; None is all of it.
+
+    Returns:
+        The names of the weights that the file did not give.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a file that holds no weights, lacks others than those of attention, or has some of other names
+            or shapes.
+    """
+    weights = _read(Path(path))
+    target = network if part is None else network.get_submodule(part)
+    own = target.state_dict()
+    without_classifier = not any(name.startswith("fc.") for name in own)
+    weights = {
+        name: tensor
+        for name, tensor in weights.items()
+        if not (without_classifier and name.startswith("fc.")) and (name in own or not name.endswith(_COUNTERS))
+    }
+    resized = [name for name in weights if name in own and own[name].shape != weights[name].shape]
+    _check_shapes(path, [name for name in resized if not _PREDICTORS.search(name)], own, weights)
+    given = {name: tensor for name, tensor in weights.items() if name not in resized}
+    missing = [name for name in own if name not in given and not name.endswith(_COUNTERS)]
+    lacking = [name for name in missing if name not in resized and not _ATTENTION.search(name)]
+    for wrong, what in ((lacking, "lacks"), ([name for name in given if name not in own], "also has")):
+        if wrong:
+            raise ValueError(
+                f"{path} must hold the weights of this network, got a file that {what} {len(wrong)}, such as {wrong[0]}"
+            )
+    if resized:
+        warnings.warn(f"{path} is of another number of classes: {', '.join(resized)} start anew", stacklevel=2)
+    target.load_state_dict(given, strict=False)
+    return missing
+
+
+def _check_shapes(path: Path | str, wrong: list[str], own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    if wrong:
+        raise ValueError(
+            f"{path} must hold weights of this network, got {wrong[0]} of shape {tuple(weights[wrong[0]].shape)} "
+            f"instead of {tuple(own[wrong[0]].shape)}"
+        )
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} must be a file of weights, got no such file; download torchvision's and name it here"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises on a damaged or foreign file is of many kinds
+        raise ValueError(f"{path} must be a file of weights, got a file that torch cannot read") from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        of_network = "network."
+        content = {
+            name.removeprefix(of_network): tensor
+            for name, tensor in content["state_dict"].items()
+            if name.startswith(of_network)
+        }
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} must hold a dict of weights, got {type(content).__name__} of something else")
+    return content

@@ -1,0 +1,123 @@
+"""Files of plain weights into networks with attention."""
+
+import pickle
+import warnings
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from lineara.models import mask_rcnn, resnet
+from lineara.models.pretrained import load_plain_weights
+from lineara.nn import EfficientAttention2d
+
+
+def attention(dim):
+    return EfficientAttention2d(dim, key_dim=8, zero_init=True)
+
+
+@pytest.fixture
+def plain_file(tmp_path):
+    path = tmp_path / "resnet18.pth"
+    torch.save(torchvision.models.resnet18(weights=None, num_classes=7).state_dict(), path)
+    return path
+
+
+def changed(path, change):
+    weights = torch.load(path, weights_only=True)
+    change(weights)
+    torch.save(weights, path)
+    return path
+
+
+def test_all_but_the_modules_comes_from_the_file(plain_file):
+    network = resnet("resnet18", num_classes=7, attention=attention)
+    own = network.layer2.attention.keys.weight.clone()
+    missing = load_plain_weights(network, plain_file)
+    assert len(missing) == 2 * 8
+    assert all(".attention." in name for name in missing)
+    for name, tensor in torch.load(plain_file, weights_only=True).items():
+        assert torch.equal(network.state_dict()[name], tensor), name
+    assert torch.equal(network.layer2.attention.keys.weight, own)
+
+
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
+def test_weights_of_a_resnet_fit_the_body_of_a_detector(plain_file, batch_norm):
+    network = mask_rcnn("resnet18", attention=attention, batch_norm=batch_norm)
+    missing = load_plain_weights(network, plain_file, part="backbone.body")
+    assert {name.partition(".attention.")[0] for name in missing} == {"layer2", "layer3"}
+    expected = torch.load(plain_file, weights_only=True)["layer4.1.bn2.running_var"]
+    assert torch.equal(network.backbone.body.layer4[1].bn2.running_var, expected)
+
+
+def test_a_frozen_detector_fits_one_that_trains_its_normalisation(tmp_path):
+    path = tmp_path / "detector.pth"
+    torch.save(mask_rcnn("resnet18", batch_norm="frozen").state_dict(), path)
+    missing = load_plain_weights(mask_rcnn("resnet18", attention=attention), path)
+    assert {name.rpartition(".")[0].rpartition(".")[0].rpartition(".")[2] for name in missing} >= {"fpn1", "attention"}
+
+
+def test_predictors_of_another_number_of_classes_start_anew_and_are_named(tmp_path, plain_file):
+    network = resnet("resnet18", num_classes=5)
+    own = network.fc.weight.clone()
+    with pytest.warns(UserWarning, match=r"is of another number of classes: fc.weight, fc.bias start anew"):
+        assert load_plain_weights(network, plain_file) == ["fc.weight", "fc.bias"]
+    assert torch.equal(network.fc.weight, own)
+    detector = tmp_path / "detector.pth"
+    torch.save(mask_rcnn("resnet18", num_classes=91).state_dict(), detector)
+    with pytest.warns(UserWarning, match="mask_fcn_logits.weight"):
+        load_plain_weights(mask_rcnn("resnet18", num_classes=2), detector)
+
+
+def test_a_checkpoint_of_fit_gives_its_network(tmp_path):
+    network = resnet("resnet18", num_classes=7, attention=attention)
+    path = tmp_path / "best.ckpt"
+    content = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    torch.save({"state_dict": content | {"accuracy.total": torch.tensor(3)}, "epoch": 2}, path)
+    other = resnet("resnet18", num_classes=7, attention=attention)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_plain_weights(other, path) == []
+    assert torch.equal(other.layer2.attention.keys.weight, network.layer2.attention.keys.weight)
+
+
+def test_files_that_do_not_fit_are_refused(plain_file):
+    network = resnet("resnet18", num_classes=7, attention=attention)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    changed(plain_file, lambda weights: weights.pop("layer1.0.conv1.weight"))
+    with pytest.raises(ValueError, match=r"resnet18.pth must hold .* lacks 1, such as layer1.0.conv1.weight$"):
+        load_plain_weights(network, plain_file)
+    changed(plain_file, lambda weights: weights.update({"layer1.0.conv1.weight": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"got layer1.0.conv1.weight of shape \(3,\) instead of \(64, 64, 3, 3\)$"):
+        load_plain_weights(network, plain_file)
+    assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_weights_of_other_names_are_refused_before_any_is_loaded(plain_file):
+    network = resnet("resnet18", num_classes=7)
+    before = network.conv1.weight.clone()
+    changed(plain_file, lambda weights: weights.update({"layer9.weight": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"also has 1, such as layer9.weight$"):
+        load_plain_weights(network, plain_file)
+    assert torch.equal(network.conv1.weight, before)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("the pickle was run",))
+
+
+def test_no_file_a_broken_one_and_one_that_would_run_code_are_refused(tmp_path, capsys):
+    network = nn.Linear(2, 3)
+    with pytest.raises(FileNotFoundError, match=r"none.pth must be a file of weights, got no such file"):
+        load_plain_weights(network, tmp_path / "none.pth")
+    for name, content in (("text", b"weights"), ("harmful", pickle.dumps(Harmful()))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} must be a file of weights, got a file that torch cannot read"):
+            load_plain_weights(network, tmp_path / name)
+    assert "the pickle was run" not in capsys.readouterr().out
+    for content in ([1, 2], {"epoch": 3}, {}, {"state_dict": {"other": torch.ones(2)}}):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=r"other.pth must hold a dict of weights"):
+            load_plain_weights(network, tmp_path / "other.pth")
