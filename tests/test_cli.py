@@ -182,7 +182,8 @@ def test_every_command_helps(call, command):
         (["--sing"], "the following arguments are required: COMMAND"),
         (["data"], "the following arguments are required: SET"),
         (["data", "sing"], "argument SET: invalid choice: 'sing'"),
-        (["draw", "maps"], "the following arguments are required: --checkpoint"),
+        (["draw", "maps"], "one of the arguments --checkpoint --config is required"),
+        (["draw", "routing"], "the following arguments are required: --checkpoint"),
         (
             ["draw", "routing", "--checkpoint", "c", "--expression", "7", "--index", "0"],
             "argument --index: not allowed with argument --expression",

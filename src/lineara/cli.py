@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, Namespace
+from importlib import import_module
 from pathlib import Path
 
 _TRAINING = {
@@ -18,16 +19,21 @@ _TRAINING = {
     "test": "measure a trained network on the test split",
     "predict": "write what a trained network answers",
 }
+# The task and the class that it is read by, and what the command does.
 _SETS = {
-    "listops": ("ListOpsData", "nested list operations: generate"),
-    "text": ("TextData", "IMDb reviews as bytes: check"),
-    "retrieval": ("RetrievalData", "pairs of papers as bytes: check"),
-    "image": ("ImageData", "CIFAR-10 in grey, pixel by pixel: check"),
-    "pathfinder": ("PathfinderData", "drawings of paths, pixel by pixel: generate"),
-    "digits": ("DigitsData", "scikit-learn's digits, a stand-in for the image task: check"),
+    "listops": ("long_range_arena", "ListOpsData", "nested list operations: generate"),
+    "text": ("long_range_arena", "TextData", "IMDb reviews as bytes: check"),
+    "retrieval": ("long_range_arena", "RetrievalData", "pairs of papers as bytes: check"),
+    "image": ("long_range_arena", "ImageData", "CIFAR-10 in grey, pixel by pixel: check"),
+    "pathfinder": ("long_range_arena", "PathfinderData", "drawings of paths, pixel by pixel: generate"),
+    "digits": ("long_range_arena", "DigitsData", "scikit-learn's digits, a stand-in for the image task: check"),
+    "coco": ("instance_segmentation", "CocoData", "photographs with outlined objects, MS-COCO's or yours: check"),
+    "coins": ("instance_segmentation", "CoinsData", "scikit-image's photograph of coins, outlined: generate"),
+    "imagenet": ("image_classification", "ImageFolderData", "photographs in a folder per class: check"),
 }
 # What counts in training only.
-_NOT_OF_A_SET: set[str | int] = {"batch_size", "shuffle_seed", "mask_zero_pixels", "predict_file"}
+_NOT_OF_A_SET: set[str | int] = {"batch_size", "num_workers", "shuffle_seed", "mask_zero_pixels", "predict_file"}
+_NOT_OF_A_SET |= {"predict_folder"}
 _EXAMPLES = """\
 examples:
   lineara data listops                                    generate Long Range Arena's ListOps
@@ -107,30 +113,34 @@ def _add_compare(parser: ArgumentParser) -> None:
 
 def _add_data(parser: ArgumentParser) -> None:
     sets = parser.add_subparsers(title="data sets", metavar="SET", required=True)
-    for name, (_, purpose) in _SETS.items():
+    for name, (*_, purpose) in _SETS.items():
         sets.add_parser(name, help=purpose)
 
 
 def _add_draw(parser: ArgumentParser) -> None:
     pictures = parser.add_subparsers(title="pictures", metavar="PICTURE", required=True)
     run = (_draw_run, "--run_dir", "folder of the run", Path)
-    trained = (_draw_trained, "--checkpoint", "written by `lineara fit`", Path)
+    trained = (_draw_trained, "--checkpoint", "of a trained network, written by `lineara fit`", Path)
     for name, (draw, source, meaning, kind), purpose in (
         ("curves", run, "loss and accuracy of a run over its steps"),
         ("load", run, "how a run with multiresolution attention used its heads over its steps"),
-        ("maps", trained, "the global attention maps of a trained network over one expression"),
+        ("maps", trained, "the global attention maps of a network over a photograph or an expression"),
         ("routing", trained, "the resolution that each token or pixel of one example chooses"),
         ("cost", (_draw_cost, "--costs", "written by `lineara bench cost`", Path), "time and memory against length"),
         ("examples", (_draw_examples, "--set", "pathfinder, digits or image", str), "images of a set and their labels"),
     ):
         picture = pictures.add_parser(name, help=purpose)
-        picture.add_argument(source, type=kind, required=True, help=meaning)
+        sources = picture.add_mutually_exclusive_group(required=True) if name == "maps" else picture
+        sources.add_argument(source, type=kind, required=name != "maps", help=meaning)
+        if name == "maps":
+            sources.add_argument("--config", type=Path, help="a recipe: its network as a fit would begin with it")
         picture.add_argument("--output", type=Path, help="PNG, PDF or SVG to write; default: a PNG beside the source")
         picture.set_defaults(run=draw, picture=name)
     maps, routing, examples = (pictures.choices[name] for name in ("maps", "routing", "examples"))
     for picture in (maps, example := routing.add_mutually_exclusive_group()):
         picture.add_argument("--expression", help='such as "[SM 4 [MAX 7 2 ] ]"; default: the shortest test expression')
-    maps.add_argument("--layer", type=int, default=0, help="encoder block, from 0 (default 0)")
+    maps.add_argument("--image", type=Path, help="photograph, for networks of images")
+    maps.add_argument("--layer", default="0", help="attention layer: its number from 0, or its name (default 0)")
     maps.add_argument("--head", type=int, default=0, help="head, from 0 (default 0)")
     example.add_argument("--index", type=int, help="test image, from 0 (default 0)")
     examples.add_argument("--data_root", default="data", help="folder of cifar-10-batches-py, for image (default data)")
@@ -194,9 +204,8 @@ def _leave_out_advice() -> None:
 
 
 def _data(name: str, words: list[str]) -> None:
-    from lineara.tasks import long_range_arena
-
-    kind = getattr(long_range_arena, _SETS[name][0])
+    drawer, kind, _ = _SETS[name]
+    kind = getattr(import_module(f"lineara.tasks.{drawer}"), kind)
     import jsonargparse  # after lineara.tasks, which says which extra is missing
 
     parser = jsonargparse.ArgumentParser(prog=f"lineara data {name}", exit_on_error=False)
@@ -219,21 +228,27 @@ def _draw_run(options: Namespace) -> None:
 
 def _draw_trained(options: Namespace) -> None:
     from lineara.tasks.long_range_arena.pictures import expression_maps, routing
-    from lineara.tasks.training import load_run
+    from lineara.tasks.training import begin_run, load_run
 
     _leave_out_advice()
-    run = load_run(options.checkpoint)
-    if options.picture == "maps":
-        figure = expression_maps(*run, options.expression, layer=options.layer, head=options.head)
-    else:
+    recipe: Path | None = getattr(options, "config", None)
+    run = load_run(options.checkpoint) if recipe is None else begin_run(recipe)
+    if options.picture == "routing":
         figure = routing(*run, expression=options.expression, index=options.index)
-    _save(figure, options.output or options.checkpoint.parent.parent / f"{options.picture}.png")
+    elif options.image is not None:
+        from lineara.tasks.photograph_maps import photograph_maps
+
+        figure = photograph_maps(*run, options.image, layer=options.layer, head=options.head)
+    else:
+        figure = expression_maps(*run, options.expression, layer=options.layer, head=options.head)
+    run_dir = options.checkpoint.parent.parent if recipe is None else Path()
+    _save(figure, options.output or run_dir / f"{options.picture}.png")
 
 
 def _draw_cost(options: Namespace) -> None:
-    from lineara.viz import cost_curves
+    from lineara.viz import cost_curves, read_costs
 
-    _save(cost_curves(_read_costs(options.costs)), options.output or options.costs.with_suffix(".png"))
+    _save(cost_curves(read_costs(options.costs)), options.output or options.costs.with_suffix(".png"))
 
 
 def _draw_examples(options: Namespace) -> None:
@@ -244,15 +259,10 @@ def _draw_examples(options: Namespace) -> None:
 
 
 def _bench_cost(options: Namespace) -> None:
-    from lineara.measure.cost import Case, cost_table, measure_costs
+    from lineara.measure.cost import cost_table, length_study, measure_costs
     from lineara.tasks.files import write_text
 
-    cases = [
-        Case(attention, positions, backward, heads=options.heads, head_dim=options.head_dim)
-        for attention in options.attention
-        for backward in (False, True)
-        for positions in sorted(options.positions)
-    ]
+    cases = length_study(options.attention, options.positions, heads=options.heads, head_dim=options.head_dim)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     costs = measure_costs(cases, limit_seconds=options.limit_seconds, progress=_progress)
     table = cost_table(costs)
@@ -260,17 +270,6 @@ def _bench_cost(options: Namespace) -> None:
     write_text(options.output.with_suffix(".md"), table + "\n")
     write_text(options.output, json.dumps([cost.as_row() for cost in costs], indent=1) + "\n")
     print(options.output)
-
-
-def _read_costs(path: Path) -> list[dict[str, object]]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path} must be a file of measured costs, got no such file; measure with `lineara bench cost`"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path} must be a file written by `lineara bench cost`, got {error}") from error
 
 
 def _progress(message: str) -> None:

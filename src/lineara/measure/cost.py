@@ -89,6 +89,16 @@ class Cost:
         return row.pop("case") | row
 
 
+def length_study(attentions: Iterable[str], positions: Iterable[int], *, heads: int, head_dim: int) -> list[Case]:
+    """Every attention at every number of positions, forward, then forward and backward."""
+    return [
+        Case(attention, num_positions, backward, heads=heads, head_dim=head_dim)
+        for attention in attentions
+        for backward in (False, True)
+        for num_positions in sorted(positions)
+    ]
+
+
 def measure_costs(
     cases: Iterable[Case],
     *,

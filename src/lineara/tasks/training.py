@@ -168,6 +168,15 @@ def load_run(checkpoint: Path | str) -> tuple[LightningModule, LightningDataModu
     return command.model.eval(), command.datamodule
 
 
+def begin_run(recipe: Path | str) -> tuple[LightningModule, LightningDataModule]:
+    """The task as a fit by the recipe begins it, initial weights included, in evaluation mode; and its data."""
+    command = TrainingCommand(["--config", str(recipe)], run=False)
+    load_initial_weights = getattr(command.model, "load_initial_weights", None)
+    if load_initial_weights is not None:
+        load_initial_weights()
+    return command.model.eval(), command.datamodule
+
+
 # What the parser says around a complaint.
 _AROUND = (
     "Does not validate",

@@ -1,6 +1,8 @@
 """What attention costs against the number of positions, from measured costs."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,23 @@ _OTHER_STYLE = ("#444444", "P")
 _QUANTITIES = (("seconds", 1e3, "time (ms)"), ("peak_bytes", 1e-6, "peak memory beyond the inputs (MB)"))
 # A slope is fitted to so many of the longest lengths.
 _FITTED_POINTS = 3
+
+
+def read_costs(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file written by `lineara bench cost`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a file of something else.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} must be a file of measured costs, got no such file; measure with `lineara bench cost`"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} must be a file written by `lineara bench cost`, got {error}") from error
 
 
 def cost_curves(rows: Sequence[_Row]) -> Figure:

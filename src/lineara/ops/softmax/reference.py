@@ -30,8 +30,7 @@ def softmax_attention(
 
 def _scaling(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    products = (query.to(wide) * scale) @ (key.to(wide) * scale).mT  # (B, H, N, M); masked keys are zeros
-    if key_mask is None:
-        return (products / key.shape[2] @ value.to(wide)).to(query.dtype)
-    num_valid = key_mask.sum(dim=1).clamp_min(1)[:, None, None, None]  # (B, 1, 1, 1)
-    return (products / num_valid @ value.to(wide)).to(query.dtype)
+    # Divided where it is small: after the product a second N x M tensor would stand beside the first.
+    num_valid = key.shape[2] if key_mask is None else key_mask.sum(dim=1, dtype=wide).clamp_min(1)[:, None, None, None]
+    products = (query.to(wide) * (scale / num_valid)) @ (key.to(wide) * scale).mT  # (B, H, N, M); masked keys are zeros
+    return (products @ value.to(wide)).to(query.dtype)

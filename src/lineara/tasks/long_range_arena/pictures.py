@@ -26,14 +26,14 @@ _Data = TypeVar("_Data", ListOpsData, PixelData)
 _PATHFINDER_LABELS = ("0: apart", "1: joined")
 
 
-def expression_maps(task: nn.Module, data: object, expression: str | None, *, layer: int, head: int) -> Figure:
+def expression_maps(task: nn.Module, data: object, expression: str | None, *, layer: int | str, head: int) -> Figure:
     """The global attention maps of one head over the tokens of one expression.
 
     Args:
         task: a trained `SequenceClassification`, in evaluation mode.
         data: its `ListOpsData`, asked for the shortest test expression when `expression` is None.
         expression: such as "[MAX 4 [MIN 7 2 ] 0 ]".
-        layer: encoder block, from 0.
+        layer: encoder block, from 0, as a number or as text.
         head: head, from 0.
 
     Raises:
@@ -143,12 +143,12 @@ def _of_kind(task: nn.Module, data: object, kind: type[_Data]) -> tuple[Sequence
     return task, data
 
 
-def _attention_layer(network: nn.Module, layer: int) -> nn.Module:
+def _attention_layer(network: nn.Module, layer: int | str) -> nn.Module:
     blocks = network.get_submodule("blocks")
     assert isinstance(blocks, nn.ModuleList)
-    if not 0 <= layer < len(blocks):
+    if not (str(layer).isdecimal() and int(layer) < len(blocks)):
         raise ValueError(f"layer must be at least 0 and below {len(blocks)}, got {layer}")
-    return blocks[layer].get_submodule("attention")
+    return blocks[int(layer)].get_submodule("attention")
 
 
 def _routed_heads(network: nn.Module) -> list[MultiresolutionHeads]:
