@@ -2,7 +2,8 @@
 
 try:
     from lineara.viz.attention_maps import global_maps, map_grid, token_maps
-    from lineara.viz.cost_curves import cost_curves
+    from lineara.viz.cost_curves import cost_curves, read_costs
+    from lineara.viz.detections import detections
     from lineara.viz.example_images import example_images
     from lineara.viz.learning_curves import learning_curves, read_metrics
     from lineara.viz.routing import router_load, routing_over_image, routing_over_tokens
@@ -15,10 +16,12 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "cost_curves",
+    "detections",
     "example_images",
     "global_maps",
     "learning_curves",
     "map_grid",
+    "read_costs",
     "read_metrics",
     "router_load",
     "routing_over_image",
