@@ -31,13 +31,9 @@ _SETS = {
     "coins": ("instance_segmentation", "CoinsData", "scikit-image's photograph of coins, outlined: generate"),
     "imagenet": ("image_classification", "ImageFolderData", "photographs in a folder per class: check"),
 }
-# What counts in training only.
-_NOT_OF_A_SET: set[str | int] = {"batch_size", "num_workers", "shuffle_seed", "mask_zero_pixels", "predict_file"}
-_NOT_OF_A_SET |= {"predict_folder"}
 _EXAMPLES = """\
 examples:
   lineara data listops                                    generate Long Range Arena's ListOps
-  lineara data text --data_root data                      check that IMDb's reviews lie in data/aclImdb
   lineara fit --config recipes/long_range_arena/listops_efficient.yaml     train
   lineara fit --config recipes/long_range_arena/listops_efficient.yaml --ckpt_path last     go on after an interruption
   lineara test --config recipes/long_range_arena/listops_efficient.yaml    test the best checkpoint
@@ -193,12 +189,14 @@ def _compare(options: Namespace) -> None:
 def _leave_out_advice() -> None:
     """Keep from the user what Lightning tells its own users, and what does not hold here."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"lineara: warning: {message}\n"
     for message in (
         ".*does not have many workers.*",
         ".*dataloader is not resumable.*",
         ".*LeafSpec.*",
         ".*exists and is not empty.*",
         ".*lr_scheduler.step.*",
+        ".*in eval mode at the start of training.*",
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -209,7 +207,7 @@ def _data(name: str, words: list[str]) -> None:
     import jsonargparse  # after lineara.tasks, which says which extra is missing
 
     parser = jsonargparse.ArgumentParser(prog=f"lineara data {name}", exit_on_error=False)
-    parser.add_class_arguments(kind, skip=_NOT_OF_A_SET)
+    parser.add_class_arguments(kind, skip=set(kind.only_in_training))
     try:
         options = parser.parse_args(words)
     except jsonargparse.ArgumentError as error:
@@ -277,12 +275,9 @@ def _progress(message: str) -> None:
 
 
 def _save(figure: object, path: Path) -> None:
-    from lineara.tasks.files import written_whole
+    from lineara.tasks.files import save_figure
 
-    if path.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--output must end in .png, .pdf or .svg, got {path}")
-    with written_whole(path) as temporary:
-        figure.savefig(temporary)  # type: ignore[attr-defined]
+    save_figure(figure, path)
     print(path)
 
 

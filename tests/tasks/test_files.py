@@ -6,8 +6,9 @@ import re
 import stat
 
 import pytest
+from matplotlib.figure import Figure
 
-from lineara.tasks.files import write_text, written_whole
+from lineara.tasks.files import save_figure, write_text, written_whole
 
 
 def names(folder):
@@ -118,3 +119,15 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
         fail_half_way(path, full)
     assert path.read_text() == "old"
     assert names(tmp_path) == ["notes.txt"]
+
+
+def test_a_picture_is_written_in_the_form_that_its_name_says(tmp_path):
+    figure = Figure()
+    for suffix, begins in ((".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")):
+        save_figure(figure, tmp_path / f"curves{suffix}")
+        assert (tmp_path / f"curves{suffix}").read_bytes().startswith(begins)
+    with pytest.raises(
+        ValueError, match=r"^a picture must be a .png, .pdf or .svg file, got .*curves.txt; name another"
+    ):
+        save_figure(figure, tmp_path / "curves.txt")
+    assert names(tmp_path) == ["curves.pdf", "curves.png", "curves.svg"]

@@ -6,10 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lineara.tasks import image_files
-from lineara.tasks.image_files import BrokenImageError, list_images, read_image
+from lineara.tasks.image_files import BrokenImageError, list_images, read_image, read_pixels
 
 RED = (255, 0, 0)
 
@@ -49,6 +50,43 @@ def test_a_mark_of_rotation_is_ignored(tmp_path):
     marks[0x0112] = 6  # lies on its side
     image.save(tmp_path / "a.jpg", exif=marks)
     assert pixels_of(tmp_path / "a.jpg").shape == (2, 3, 3)
+
+
+def test_of_16_bits_the_upper_8_count(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (13, 17), dtype=np.uint8)
+    Image.fromarray(grey.astype(np.uint16) * 256 + 77).save(tmp_path / "a.png")
+    assert np.array_equal(pixels_of(tmp_path / "a.png"), np.stack([grey] * 3, axis=2))
+
+
+def test_printing_colours_become_those_of_a_screen(tmp_path):
+    inks = np.zeros((16, 16, 4), np.uint8)
+    inks[:, 8:, 0] = 255  # cyan beside white
+    Image.frombytes("CMYK", (16, 16), inks.tobytes()).save(tmp_path / "a.jpg", quality=100)
+    pixels = pixels_of(tmp_path / "a.jpg").astype(float)
+    assert pixels[:, :8].mean((0, 1)).tolist() == pytest.approx([255] * 3, abs=3)
+    assert pixels[:, 8:].mean((0, 1)).tolist() == pytest.approx([0, 255, 255], abs=6)
+
+
+def test_what_is_below_transparency_is_kept(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (13, 17, 3), dtype=np.uint8)
+    Image.fromarray(np.concatenate([colours, np.zeros((13, 17, 1), np.uint8)], axis=2)).save(tmp_path / "a.png")
+    assert np.array_equal(pixels_of(tmp_path / "a.png"), colours)
+
+
+def test_values_that_are_no_colours_are_refused(tmp_path):
+    Image.fromarray(np.ones((13, 17), np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(
+        BrokenImageError, match=r"a\.tif must be .*, got values of 32 bits, mode F; save it with 8 or 16$"
+    ):
+        read_image(tmp_path / "a.tif")
+
+
+def test_pixels_are_the_colours_as_a_tensor(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (13, 17, 3), dtype=np.uint8)
+    Image.fromarray(colours).save(tmp_path / "a.png")
+    pixels = read_pixels(tmp_path / "a.png")
+    assert (pixels.dtype, pixels.shape, pixels.is_contiguous()) == (torch.uint8, (3, 13, 17), True)
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), colours)
 
 
 def noise(path):
@@ -100,7 +138,7 @@ def test_a_folder_without_images_is_refused(tmp_path):
         list_images(tmp_path / "nowhere")
 
 
-def test_without_pillow_it_names_the_extra(monkeypatch):
+def test_without_pillow_it_names_the_extras(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"^reading images needs Pillow, .*: pip install 'lineara\[train\]'$"):
+    with pytest.raises(ImportError, match=r"^reading images needs PIL.*: pip install 'lineara\[train,vision\]'$"):
         runpy.run_path(image_files.__file__)

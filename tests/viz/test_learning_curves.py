@@ -129,6 +129,15 @@ def test_the_best_validation_is_named():
     assert accuracy.lines[2].get_label() == "validation, best 0.375 at step 750"
 
 
+def test_a_detectors_score_is_its_mask_ap():
+    mask_ap = (VAL_STEPS, np.array([0.1, 0.4, 0.3, 0.2]))
+    loss, score = learning_curves({"train/loss": METRICS["train/loss"], "val/mask_ap": mask_ap}).axes
+    assert score.get_title() == "mask AP"
+    assert_line(lines_of(score)[0], *mask_ap)
+    assert score.lines[0].get_label() == "validation, best 0.400 at step 500"
+    assert loss.get_title() == "loss"
+
+
 def test_trivial_answers_are_dashed_labelled_lines_beside_the_accuracy_only():
     loss, accuracy = learning_curves(METRICS).axes
     assert len(loss.lines) == 3
@@ -164,5 +173,5 @@ def test_a_run_that_diverged_can_be_drawn():
 
 
 def test_nothing_to_draw_is_refused():
-    with pytest.raises(ValueError, match="metrics must hold a loss or an accuracy of train or val, got lr"):
+    with pytest.raises(ValueError, match="metrics must hold a loss or a score of train or val, got lr"):
         learning_curves({"lr": METRICS["lr"]})

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -39,3 +40,11 @@ def written_whole(path: Path | str) -> Iterator[Path]:
 def write_text(path: Path | str, text: str) -> None:
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG, PDF or SVG, by the end of the path."""
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"a picture must be a .png, .pdf or .svg file, got {path}; name another one")
+    with written_whole(path) as temporary:
+        figure.savefig(temporary)

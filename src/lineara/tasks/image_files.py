@@ -6,10 +6,14 @@ import zlib
 from pathlib import Path
 
 try:
+    import numpy as np
     from PIL import Image
+    from torch import Tensor
+    from torchvision.transforms.v2.functional import pil_to_tensor
 except ImportError as error:
     raise ImportError(
-        "reading images needs Pillow, which is not installed; install it with: pip install 'lineara[train]'"
+        f"reading images needs {error.name}, which is not installed; install it with: "
+        "pip install 'lineara[train,vision]'"
     ) from error
 
 # As torchvision's data sets.
@@ -33,26 +37,36 @@ class BrokenImageError(ValueError):
 
 
 def read_image(path: Path | str) -> Image.Image:
-    """The image as colours (mode RGB): grey, palette and CMYK ones are converted. Rotation marks (EXIF) are ignored.
+    """The image as colours (mode RGB).
+
+    Grey, palette and CMYK images become red, green and blue; a transparent part keeps the colour below it; of 16 bits,
+    the upper 8 count. A note in the file that the camera was turned (EXIF) is ignored, as COCO's tools do: its
+    annotations lie on the pixels as they are stored.
 
     Raises:
-        BrokenImageError: it is missing, no image, or cut off.
+        BrokenImageError: it is missing, no image, cut off, or has values that are no colours.
     """
     try:
-        # Pillow warns of damaged marks and of transparency, of which nothing is used here; damaged pixels raise.
+        # Pillow warns of damaged notes and of transparency, of which nothing is used here; damaged pixels raise.
         with warnings.catch_warnings(action="ignore", category=UserWarning), Image.open(path) as image:
-            return image.convert("RGB")
+            return _as_colours(image)
     except _DAMAGE as error:
         reason = "no image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else _words(error)
         raise BrokenImageError(f"{path} must be an image that can be read, got {reason}") from error
 
 
-def list_images(folder: Path) -> list[Path]:
+def read_pixels(path: Path | str) -> Tensor:
+    """The colours (3, height, width), uint8, of `read_image`."""
+    return pil_to_tensor(read_image(path)).contiguous()
+
+
+def list_images(folder: Path | str) -> list[Path]:
     """The images directly in a folder, by the ends of their names, sorted.
 
     Raises:
         FileNotFoundError: there is no such folder, or none in it.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} must be a folder of images, got no such folder; name another one")
     found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in _SUFFIXES)
@@ -60,6 +74,14 @@ def list_images(folder: Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"{folder} must hold images ({', '.join(_SUFFIXES)}), got none; name another one")
     return found
+
+
+def _as_colours(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.array(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"values of 32 bits, mode {image.mode}; save it with 8 or 16")
+    return image.convert("RGB")
 
 
 def _words(error: Exception) -> str:

@@ -117,6 +117,12 @@ class TrainingCommand(LightningCLI):
         with locked_folder(Path(self._get(self.config, "run_dir"))) if self.trainer.is_global_zero else nullcontext():
             self.trainer.fit(**arguments)
 
+    def test(self, **arguments: Any) -> None:
+        """What the subcommand `test` runs: the trainer's test, without its table where the task prints one."""
+        if getattr(self.model, "prints_scores", False):
+            arguments["verbose"] = False
+        self.trainer.test(**arguments)
+
     def _recipe(self, subcommand: str) -> str:
         """The configuration of the run, without what belongs to this start of it."""
         config = self.config[subcommand].clone()

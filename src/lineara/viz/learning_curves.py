@@ -1,4 +1,4 @@
-"""Loss and accuracy of a training run over its steps, from the files that the run writes."""
+"""Loss and score of a training run over its steps, from the files that the run writes."""
 
 import csv
 from collections.abc import Mapping
@@ -14,6 +14,8 @@ _Points = dict[str, dict[int, float]]  # metric -> step -> value
 
 _TRAINING, _VALIDATION, _TRIVIAL = "#E69F00", "#0072B2", "#444444"
 _TRIVIAL_PREFIX = "val/accuracy_of_"
+# What tasks log as their score; the first that a run has is drawn.
+_SCORES = {"accuracy": "accuracy", "mask_ap": "mask AP"}
 # Training values are averaged over this share of the run.
 _SMOOTHED_SHARE = 0.1
 
@@ -52,39 +54,42 @@ def read_metrics(run_dir: Path | str) -> dict[str, tuple[npt.NDArray[np.int64], 
 
 
 def learning_curves(metrics: Metrics, *, title: str = "") -> Figure:
-    """Draw loss and accuracy against the optimiser's steps.
+    """Draw loss and score against the optimiser's steps: accuracy, or where a run logs none, mask AP.
 
     Training values are drawn faintly, and boldly their mean over a tenth of the run; validation values have a mark
     each, and the best one is named. Dashed lines are the accuracies of trivial answers, which need no attention.
 
     Args:
-        metrics: from `read_metrics`: `"train/loss"`, `"val/loss"`, `"train/accuracy"`, `"val/accuracy"` (fractions) and
-            any `"val/accuracy_of_<answer>"`, of which the last value counts. Others are ignored, missing ones left out.
+        metrics: from `read_metrics`: `"train/loss"`, `"val/loss"`, `"train/accuracy"`, `"val/accuracy"` or
+            `"val/mask_ap"` (fractions) and any `"val/accuracy_of_<answer>"`, of which the last value counts. Others are
+            ignored, missing ones left out.
         title: above the panels.
 
     Returns:
-        A figure of two panels, loss and accuracy.
+        A figure of two panels, loss and score.
 
     Raises:
         ValueError: if there is nothing to draw.
     """
-    if not any(f"{stage}/{name}" in metrics for stage in ("train", "val") for name in ("loss", "accuracy")):
-        raise ValueError(f"metrics must hold a loss or an accuracy of train or val, got {', '.join(metrics) or 'none'}")
+    logged = [name for name in ("loss", *_SCORES) if f"train/{name}" in metrics or f"val/{name}" in metrics]
+    if not logged:
+        raise ValueError(f"metrics must hold a loss or a score of train or val, got {', '.join(metrics) or 'none'}")
+    score = next((name for name in logged if name in _SCORES), "accuracy")
     figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
     if title:
         figure.suptitle(title, fontsize=13)
-    loss, accuracy = figure.subplots(1, 2)
-    for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+    panels = figure.subplots(1, 2)
+    for axes, name in zip(panels, ("loss", score)):
         if f"train/{name}" in metrics:
             _draw_training(axes, *metrics[f"train/{name}"])
         if f"val/{name}" in metrics:
-            _draw_validation(axes, *metrics[f"val/{name}"], best_is_highest=name == "accuracy")
+            _draw_validation(axes, *metrics[f"val/{name}"], best_is_highest=name == score)
         axes.set_xlabel("optimiser step", fontsize=11)
-        axes.set_title(name, fontsize=12)
+        axes.set_title(_SCORES.get(name, name), fontsize=12)
         axes.grid(color="#DDDDDD", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    _draw_trivial_answers(accuracy, metrics)
-    for axes in (loss, accuracy):
+    _draw_trivial_answers(panels[1], metrics)
+    for axes in panels:
         if axes.lines:
             axes.legend(fontsize=10, framealpha=0.85, edgecolor="none")
     return figure

@@ -1,6 +1,7 @@
 """A folder of images per class, as ImageNet is usually unpacked."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torchvision.datasets import ImageFolder
@@ -42,6 +43,17 @@ class ImageFolderData(ImageClassificationData):
     Source: Russakovsky et al., 2015, "ImageNet Large Scale Visual Recognition Challenge", arXiv 1409.0575; cropped as
     in Szegedy et al., CVPR 2015, arXiv 1409.4842. We differ from some harnesses in that colours are not jittered.
     """
+
+    # Arguments that say nothing about the files of the set.
+    only_in_training: ClassVar[tuple[str, ...]] = (
+        "predict_folder",
+        "image_size",
+        "resize_size",
+        "horizontal_flip",
+        "shuffle_seed",
+        "batch_size",
+        "num_workers",
+    )
 
     def __init__(
         self,

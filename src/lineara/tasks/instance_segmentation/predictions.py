@@ -20,10 +20,10 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from pycocotools import mask as run_lengths
 from torch import Tensor
 
 from lineara.tasks.files import write_text, written_whole
+from lineara.tasks.instance_segmentation.coco_entries import mask_area
 from lineara.tasks.instance_segmentation.metrics import Evaluation, as_results
 from lineara.viz import detections
 
@@ -116,7 +116,7 @@ class PredictionFolder:
         height, width = image.shape[1:]
         self._images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
         for result in as_results(image_id, kept):
-            area = float(run_lengths.area(result["segmentation"]))
+            area = mask_area(result["segmentation"], height, width)
             number = len(self._annotations) + 1
             self._annotations.append({"id": number, **result, "area": area, "iscrowd": 0})
         path = self.folder / f"{self._free_name(Path(file_name))}.png"

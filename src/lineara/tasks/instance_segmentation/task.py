@@ -44,6 +44,8 @@ class InstanceSegmentation(LightningModule):
     0.02 for 16 images, weight decay 1e-4, a tenth after 8 and after 11 epochs.
     """
 
+    prints_scores = True  # in a table of its own after a test
+
     def __init__(
         self,
         network: nn.Module,

@@ -78,6 +78,8 @@ class SequenceData(LightningDataModule):
     """
 
     batches: ClassVar[type[SequenceBatches]] = SequenceBatches
+    # Arguments that say nothing about the files of the set.
+    only_in_training: ClassVar[tuple[str, ...]] = ("batch_size", "shuffle_seed", "mask_zero_pixels", "predict_file")
 
     def __init__(self, *, batch_size: int, shuffle_seed: int, shift: int) -> None:
         super().__init__()

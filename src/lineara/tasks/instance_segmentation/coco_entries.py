@@ -1,0 +1,169 @@
+"""One image, annotation or category of a COCO file: what is wrong with it, and the mask that it describes."""
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from faster_coco_eval.core import mask as run_lengths
+
+_IMAGE_KEYS = ("id", "file_name", "height", "width")
+_ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "segmentation")
+_LONGEST_QUOTE = 60
+
+Entry = dict[str, Any]
+
+
+def image_complaint(entry: Any) -> str | None:
+    """What is wrong with an image, or None."""
+    why = _complaint_about_keys(entry, _IMAGE_KEYS)
+    if why is not None:
+        return why
+    if not isinstance(entry["file_name"], str) or not entry["file_name"]:
+        return f"file_name must be a name, got {_quoted(entry['file_name'])}"
+    for key in ("height", "width"):
+        if type(entry[key]) is not int or entry[key] < 1:
+            return f"{key} must be a whole number of pixels of at least 1, got {_quoted(entry[key])}"
+    return None
+
+
+def category_complaint(entry: Any, num_classes: int | None) -> str | None:
+    """What is wrong with a category, or None."""
+    why = _complaint_about_keys(entry, ("id", "name"))
+    if why is not None:
+        return why
+    if not isinstance(entry["name"], str):
+        return f"name must be text, got {_quoted(entry['name'])}"
+    if entry["id"] < 1:
+        return f"its id must be at least 1, since 0 is the background, got {entry['id']}"
+    if num_classes is not None and entry["id"] >= num_classes:
+        return f"its id must be below num_classes = {num_classes}, got {entry['id']}"
+    return None
+
+
+def annotation_complaint(entry: Any, images: Mapping[int, Entry], categories: Mapping[int, Entry]) -> str | None:
+    """What is wrong with an annotation of one of these images and categories, or None."""
+    why = _complaint_about_keys(entry, _ANNOTATION_KEYS)
+    if why is not None:
+        return why
+    image_id, category_id = entry["image_id"], entry["category_id"]
+    if type(image_id) is not int or image_id not in images:
+        return f"image_id must be that of a listed image, got {_quoted(image_id)}"
+    if type(category_id) is not int or category_id not in categories:
+        return f"category_id must be that of a listed category, got {_quoted(category_id)}"
+    if entry.get("iscrowd", 0) not in (0, 1):
+        return f"iscrowd must be 0 or 1, got {_quoted(entry['iscrowd'])}"
+    if not _is_finite([entry.get("area", 0)]):
+        return f"area must be a finite number, got {_quoted(entry['area'])}"
+    box = entry["bbox"]
+    if not isinstance(box, list) or len(box) != 4 or not _is_finite(box) or box[2] <= 0 or box[3] <= 0:
+        return f"bbox must be 4 finite numbers with a width and a height above 0, got {_quoted(box)}"
+    image = images[image_id]
+    return _segmentation_complaint(entry["segmentation"], image["height"], image["width"])
+
+
+def decode(segmentation: Any, height: int, width: int) -> npt.NDArray[np.uint8]:
+    """The mask (height, width) of 0 and 1 that a checked segmentation describes."""
+    return run_lengths.decode(_encoded(segmentation, height, width))
+
+
+def encode(mask: npt.NDArray[np.uint8]) -> Entry:
+    """Run-length encoding of a mask (height, width) of 0 and 1, as text that JSON can hold."""
+    encoded: Any = run_lengths.encode(np.asfortranarray(mask))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+
+
+def mask_area(segmentation: Any, height: int, width: int) -> float:
+    """The number of pixels of a checked segmentation."""
+    return float(run_lengths.area(_encoded(segmentation, height, width)))
+
+
+def _encoded(segmentation: Any, height: int, width: int) -> Any:
+    if isinstance(segmentation, list):
+        polygons: Any = run_lengths.frPyObjects(segmentation, height, width)
+        return run_lengths.merge(polygons)
+    if isinstance(segmentation["counts"], list):
+        return run_lengths.frPyObjects(segmentation, height, width)
+    return segmentation
+
+
+def _complaint_about_keys(entry: Any, keys: tuple[str, ...]) -> str | None:
+    if not isinstance(entry, dict):
+        return f"it must be an object with {', '.join(keys)}, got {_quoted(entry)}"
+    for key in keys:
+        if key not in entry:
+            return f"it must have {', '.join(keys)}, got no {key}"
+    if type(entry["id"]) is not int:
+        return f"its id must be a whole number, got {_quoted(entry['id'])}"
+    return None
+
+
+def _segmentation_complaint(segmentation: Any, height: int, width: int) -> str | None:
+    if isinstance(segmentation, list):
+        return _polygons_complaint(segmentation)
+    if not isinstance(segmentation, dict) or "size" not in segmentation or "counts" not in segmentation:
+        return f"segmentation must be polygons, or size and counts of run lengths, got {_quoted(segmentation)}"
+    if segmentation["size"] != [height, width]:
+        return (
+            f"the size of its run lengths must be the image's [{height}, {width}], got {_quoted(segmentation['size'])}"
+        )
+    counts = segmentation["counts"]
+    try:
+        lengths = counts if isinstance(counts, list) else _read_counts(counts)
+        whole = all(type(length) is int and length >= 0 for length in lengths)
+    except (TypeError, ValueError):
+        return f"its run lengths must be a list of numbers or COCO's text, got {_quoted(counts)}"
+    if not whole or sum(lengths) != height * width:
+        total = sum(lengths) if whole else _quoted(counts)
+        return f"its run lengths must be at least 0 and sum to {height} x {width} = {height * width}, got {total}"
+    return None
+
+
+def _polygons_complaint(polygons: list[Any]) -> str | None:
+    if not polygons:
+        return "segmentation must be at least one polygon, got none"
+    for polygon in polygons:
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not _is_finite(polygon):
+            return f"a polygon must be at least 3 points [x, y, x, y, x, y] of finite numbers, got {_quoted(polygon)}"
+    return None
+
+
+def _read_counts(text: Any) -> list[int]:
+    """Run lengths of COCO's text: 5 bits a character, the lowest first; from the fourth on, the change from two before.
+
+    Raises:
+        TypeError: for what is no text.
+        ValueError: for another character, or a number that does not end.
+    """
+    if not isinstance(text, str):
+        raise TypeError("not text")
+    counts = list[int]()
+    value = shift = 0
+    for character in text.encode("ascii"):
+        bits = character - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"not a character of run lengths: {chr(character)!r}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:  # the number goes on
+            continue
+        if bits & 16:  # it is negative
+            value -= 1 << shift
+        counts.append(value + counts[-2] if len(counts) > 2 else value)
+        value = shift = 0
+    if shift:
+        raise ValueError("the last number does not end")
+    return counts
+
+
+def _is_finite(numbers: list[Any]) -> bool:
+    try:
+        return isfinite(sum(numbers))
+    except (TypeError, OverflowError):
+        return False
+
+
+def _quoted(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[: _LONGEST_QUOTE - 3]}..."
