@@ -115,7 +115,8 @@ def test_optimiser_and_schedule(tmp_path):
     }
     assert {id(weight) for weight in group["params"]} == {id(weight) for weight in task.network.parameters()}
     peak = 0.3 * 2 * 37 / 256
-    first = [peak / 4, peak / 4, peak / 2, peak / 2, 0.75 * peak, 0.75 * peak] + 5 * [peak]
+    rise = [0.001 * peak, 0.334 * peak, 0.667 * peak]  # a third of the way in each of 3 steps
+    first = [rate for rate in rise for _ in range(2)] + 5 * [peak]
     later = 22 * [0.2 * peak] + 22 * [0.04 * peak]
     assert recorder.rates == pytest.approx(first + later)
 

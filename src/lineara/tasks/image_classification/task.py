@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lineara.tasks.files import write_text
+from lineara.tasks.step_schedule import StepSchedule
 
 _CLASSES = "lineara_classes"
 _REFERENCE_BATCH = 256
@@ -170,10 +170,10 @@ class ImageClassification(LightningModule):
         images = self._data().batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
         return self.base_lr * images / _REFERENCE_BATCH
 
-    def _schedule(self) -> "_Schedule":
+    def _schedule(self) -> StepSchedule:
         _ = self.trainer.estimated_stepping_batches  # counts the batches, unless they have been counted
         steps = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        return _Schedule(steps, self.milestones, self.gamma, self.warmup_steps)
+        return StepSchedule(steps, self.milestones, self.gamma, self.warmup_steps)
 
     def _step(self, stage: str, batch: dict[str, Any]) -> Tensor:
         label = batch["label"]
@@ -216,20 +216,6 @@ class ImageClassification(LightningModule):
             )
 
 
-class _Schedule:
-    """The share of the first learning rate at each step; a class, so that a checkpoint keeps its settings."""
-
-    def __init__(self, steps_per_epoch: int, milestones: list[int], gamma: float, warmup_steps: int) -> None:
-        self.steps_per_epoch = steps_per_epoch
-        self.milestones = milestones
-        self.gamma = gamma
-        self.warmup_steps = warmup_steps
-
-    def __call__(self, step: int) -> float:
-        risen = min((step + 1) / (self.warmup_steps + 1), 1.0)
-        return risen * self.gamma ** bisect_right(self.milestones, step // self.steps_per_epoch)
-
-
-def _described(schedule: _Schedule, lr: float) -> str:
+def _described(schedule: StepSchedule, lr: float) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in vars(schedule).items())
     return f"lr {lr:g}, {settings}"

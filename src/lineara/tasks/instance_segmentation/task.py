@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lineara.tasks.instance_segmentation.metrics import Evaluation, as_results, evaluate
 from lineara.tasks.instance_segmentation.predictions import PredictionFolder, statistics_table, write_evaluation
-from lineara.tasks.instance_segmentation.schedule import learning_rate_factor
+from lineara.tasks.step_schedule import StepSchedule
 
 _Batch = dict[str, list[Any]]
 _PLAN = "lineara_plan"
@@ -150,8 +150,7 @@ class InstanceSegmentation(LightningModule):
                 f"{_listed(self._plan_of_checkpoint or {})}; set base_lr, the batch and the devices as they were, or "
                 "begin a new run"
             )
-        milestones = [epoch * steps_per_epoch for epoch in self.milestones]
-        factor = learning_rate_factor(self.warmup_steps, milestones, self.gamma)
+        factor = StepSchedule(steps_per_epoch, self.milestones, self.gamma, self.warmup_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
