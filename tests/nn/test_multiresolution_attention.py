@@ -9,10 +9,12 @@ from lineara.nn import (
     AdaMRA,
     EfficientAttention,
     EfficientAttention2d,
+    EfficientAttention3d,
     EncoderBlock,
     MultiresolutionAttention,
     MultiresolutionAttention2d,
 )
+from lineara.nn.multiresolution_attention import MultiresolutionAttention3d
 
 SIZES = {"key_dim": 15, "value_dim": 33, "dtype": torch.float64}  # 3 heads of 5 key and 11 value channels
 
@@ -214,6 +216,24 @@ def test_without_routing_at_resolution_one_a_map_gets_efficient_attention():
     efficient.load_state_dict(layer.state_dict())
     x, context = (torch.randn(2, 7, *size, dtype=torch.float64) for size in ((5, 11), (3, 13)))
     torch.testing.assert_close(layer(x, context), efficient(x, context))
+
+
+def test_a_volume_is_seen_in_cubes():
+    sizes = {"num_heads": 3, **SIZES, "routing": None}
+    layer = MultiresolutionAttention3d(7, resolutions=(2, 2, 2), **sizes)
+    fine = MultiresolutionAttention3d(7, resolutions=(1, 1, 1), **sizes)
+    fine.load_state_dict(layer.state_dict())
+    efficient = EfficientAttention3d(7, 3, **SIZES)
+    efficient.load_state_dict(layer.state_dict())
+    cubes = torch.randn(2, 7, 2, 3, 2, dtype=torch.float64)
+    x = cubes.repeat_interleave(2, 2).repeat_interleave(2, 3).repeat_interleave(2, 4)  # (2, 7, 4, 6, 4)
+    torch.testing.assert_close(layer(x), fine(x))
+    torch.testing.assert_close(efficient(x), fine(x))
+    for axis in (2, 3, 4):
+        assert not torch.allclose(layer(x.roll(1, axis)), fine(x.roll(1, axis)))
+    routed = MultiresolutionAttention3d(7, 3, **SIZES)
+    assert routed(torch.randn(1, 7, 3, 5, 2, dtype=torch.float64)).shape == (1, 7, 3, 5, 2)
+    assert routed.last_routing.choice.shape == (1, 30, 1)
 
 
 @pytest.mark.parametrize("compression", ["mean", "max", "conv"])

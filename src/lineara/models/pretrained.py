@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-# The modules that a plain network has not: behind a stage, and on a level of the pyramid.
-_ATTENTION = re.compile(r"(^|\.)(layer\d\.attention|extra_blocks\.fpn\d)\.")
+# The modules that a plain network has not: behind a stage, on a level of the pyramid, and in a volume.
+_ATTENTION = re.compile(r"(^|\.)(layer\d\.attention|extra_blocks\.fpn\d)\.|^attention\.")
 # The last layers, whose size is the number of classes.
 _PREDICTORS = re.compile(
     r"(^|\.)(fc|box_predictor\.(cls_score|bbox_pred)|mask_predictor\.mask_fcn_logits)\.(weight|bias)$"
@@ -24,7 +24,7 @@ def load_plain_weights(network: nn.Module, path: Path | str, *, part: str | None
     of a ResNet is left out where `network` has none.
 
     Args:
-        network: made by `resnet` or `mask_rcnn`.
+        network: made by `resnet` or `mask_rcnn`, or a `PSMNet`.
         path: a state dict of torchvision, saved by torch.save; or a checkpoint of `lineara fit`.
         part: submodule of `network` to load into, such as `"backbone.body"` for weights of a ResNet; None is all of it.
 

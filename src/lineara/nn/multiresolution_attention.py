@@ -110,7 +110,54 @@ class MultiresolutionAttention(SequenceAttention):
         return self.heads(query, key, value, key_mask=key_mask, query_mask=query_mask)
 
 
-class MultiresolutionAttention2d(FeatureMapAttention):
+class _MultiresolutionMaps(FeatureMapAttention):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 4,
+        *,
+        resolutions: Sequence[int] | None = None,
+        compression: str = "mean",
+        feature_map: str = "softmax",
+        routing: str | None = "query",
+        top_k: int = 1,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        scale: float = 1.0,
+        zero_init: bool = False,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            dim, num_heads, key_dim=key_dim, value_dim=value_dim, zero_init=zero_init, device=device, dtype=dtype
+        )
+        self.heads = MultiresolutionHeads(
+            num_heads,
+            self.key_dim,
+            self.value_dim,
+            num_axes=len(self._axes),
+            resolutions=resolutions,
+            compression=compression,
+            feature_map=feature_map,
+            routing=routing,
+            top_k=top_k,
+            scale=scale,
+            impl=impl,
+            device=device,
+            dtype=dtype,
+        )
+
+    @property
+    def last_routing(self) -> Routing | None:
+        """What the router decided in the last forward call, positions row by row; see `MultiresolutionAttention`."""
+        return self.heads.last_routing
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_shape: Sequence[int]) -> Tensor:
+        return self.heads(query, key, value, key_shape=key_shape)
+
+
+class MultiresolutionAttention2d(_MultiresolutionMaps):
     """Layer form of `ops.multiresolution_attention` for (batch, dim, height, width) maps; windows are squares.
 
     A head of resolution r sees the context in windows of r x r pixels; those at the right and bottom edges may be
@@ -140,47 +187,12 @@ class MultiresolutionAttention2d(FeatureMapAttention):
     _convolution = nn.Conv2d
     _axes = ("height", "width")
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 4,
-        *,
-        resolutions: Sequence[int] | None = None,
-        compression: str = "mean",
-        feature_map: str = "softmax",
-        routing: str | None = "query",
-        top_k: int = 1,
-        key_dim: int | None = None,
-        value_dim: int | None = None,
-        scale: float = 1.0,
-        zero_init: bool = False,
-        impl: str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            dim, num_heads, key_dim=key_dim, value_dim=value_dim, zero_init=zero_init, device=device, dtype=dtype
-        )
-        self.heads = MultiresolutionHeads(
-            num_heads,
-            self.key_dim,
-            self.value_dim,
-            num_axes=2,
-            resolutions=resolutions,
-            compression=compression,
-            feature_map=feature_map,
-            routing=routing,
-            top_k=top_k,
-            scale=scale,
-            impl=impl,
-            device=device,
-            dtype=dtype,
-        )
 
-    @property
-    def last_routing(self) -> Routing | None:
-        """What the router decided in the last forward call, pixels row by row; see `MultiresolutionAttention`."""
-        return self.heads.last_routing
+class MultiresolutionAttention3d(_MultiresolutionMaps):
+    """Layer form of `ops.multiresolution_attention` for (batch, dim, depth, height, width) volumes; windows are cubes.
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_shape: Sequence[int]) -> Tensor:
-        return self.heads(query, key, value, key_shape=key_shape)
+    Arguments and residual are those of `MultiresolutionAttention2d`.
+    """
+
+    _convolution = nn.Conv3d
+    _axes = ("depth", "height", "width")
