@@ -8,10 +8,8 @@ A quiet machine is the caller's business.
 """
 
 import argparse
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lineara.measure import Case, measure_costs
+from lineara.measure.machine import environment
 from lineara.ops import efficient_attention, softmax_attention
 
 HEADS, HEAD_DIM = 8, 64
@@ -51,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
 
     print("# Efficient attention on the CPU\n")
-    print(f"{HEADS} heads of {HEAD_DIM} channels, float32, batch 1. {environment()}\n")
+    print(f"{HEADS} heads of {HEAD_DIM} channels, float32, batch 1. {environment(Path(__file__).parent)}\n")
     print("`lineara` is `ops.efficient_attention(impl='streaming')`, which `impl='auto'` picks on a CPU; `plain` is")
     print("`q.softmax(-1) @ (k.softmax(-2).mT @ v)`; `einsum` the same as two einsums; `softmax` torch's own")
     print("scaled_dot_product_attention. Milliseconds are medians; in brackets the extremes of all rounds.\n")
@@ -109,22 +108,6 @@ def memory_table() -> None:
         names = ("efficient", "plain", "einsum")
         costs = measure_costs([Case(name, positions, True, heads=HEADS, head_dim=HEAD_DIM) for name in names])
         print(f"| {positions} | {' | '.join(f'{cost.extra_bytes / 1e6:.1f}' for cost in costs)} |", flush=True)
-
-
-def environment() -> str:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return (
-        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
-        f"{platform.python_version()}, commit {commit.stdout.strip() or 'unknown'}, {time.strftime('%Y-%m-%d')}."
-    )
-
-
-def processor() -> str:
-    try:
-        with Path("/proc/cpuinfo").open() as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

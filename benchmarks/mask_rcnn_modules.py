@@ -13,10 +13,8 @@ caller's business.
 """
 
 import argparse
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lineara.measure import peak_memory
+from lineara.measure.machine import environment
 from lineara.models import mask_rcnn
 from lineara.nn import EfficientAttention2d, MultiresolutionAttention2d
 from lineara.nn.non_local_attention import NonLocalAttention2d
@@ -58,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="steps of each network")
     options = parser.parse_args()
     print("# Attention modules in Mask R-CNN on the CPU\n")
-    print(f"float32, {KEY_DIM} key channels, values as wide as the map. {environment()}\n")
+    print(f"float32, {KEY_DIM} key channels, values as wide as the map. {environment(Path(__file__).parent)}\n")
     places(options.most_gigabytes)
     steps(options.rounds)
 
@@ -183,18 +182,6 @@ def train_step(name: str, images: list[Tensor], targets: list[dict[str, Tensor]]
         optimizer.step()
 
     return step
-
-
-def environment() -> str:
-    name = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return (
-        f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__.split('+')[0]}, "
-        f"Python {platform.python_version()}, commit {commit}."
-    )
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ process (see `lineara.measure`). A quiet machine is the caller's business.
 """
 
 import argparse
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lineara.measure import median_seconds, peak_memory
+from lineara.measure.machine import environment
 from lineara.nn import EfficientAttention, MultiresolutionAttention
 
 HEADS = 4
@@ -44,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
 
     print("# A training step of the multiresolution layer on the CPU\n")
-    print(f"{HEADS} heads, float32, batch 1. {environment()}\n")
+    print(f"{HEADS} heads, float32, batch 1. {environment(Path(__file__).parent)}\n")
     print("`multiresolution` has the layer's defaults, with resolutions 8, 4, 2, 1; the columns after it change one")
     print(
         "option each. Milliseconds are medians, in brackets the extremes of all rounds; then ratios to `efficient`.\n"
@@ -161,18 +160,6 @@ def by_sort(query: Tensor, context: Tensor, choice: Tensor) -> Tensor:
     output = query.new_zeros((heads, positions, context.shape[2]))
     output[choice[order], order] = answers
     return output
-
-
-def environment() -> str:
-    root = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root).stdout
-    model = next(
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    )
-    return (
-        f"{model}, {torch.get_num_threads()} thread(s), torch {torch.__version__.partition('+')[0]}, Python "
-        f"{platform.python_version()}, commit {commit.strip()}."
-    )
 
 
 if __name__ == "__main__":

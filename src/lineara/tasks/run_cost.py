@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lineara.measure.calls import all_time_maximum, reset_high_water_mark
+from lineara.measure.machine import processor
 from lineara.tasks.files import write_text
 
 _FOLDER = "measured"
@@ -150,4 +151,4 @@ def _best_score(trainer: Trainer) -> float | None:
 
 
 def _cpu_name() -> str:
-    return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"CPU ({processor()}, {torch.get_num_threads()} threads)"
