@@ -2,9 +2,9 @@
 
     python benchmarks/psmnet_cpu.py > benchmarks/results/psmnet-cpu-<hardware>-<yyyy-mm>.md
 
-Module: 32 channels on 48 x 135 x 240 positions, the quarter volume of a 540 x 960 frame with 192 disparities, forward
+Module: 32 channels on 48 x 135 x 240 positions, the quarter volume of a 540 x 960 frame of 192 disparities, forward
 pass. Counted are the tensors that the paper counts: 4 of the volume's size, and the n x n map of the non-local module.
-Step: forward pass, gradients and update on one 256 x 512 crop with 192 disparities. Frame: forward pass in evaluation on
+Step: forward pass, gradients and update on one 256 x 512 crop of 192 disparities. Frame: forward pass in evaluation, on
 540 x 960. Times are medians over rounds in one process, in every round each network once, in random order. Memory is
 each case's own fresh process (see `lineara.measure`). A quiet machine is the caller's business.
 """

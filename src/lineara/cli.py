@@ -30,6 +30,11 @@ _SETS = {
     "coco": ("instance_segmentation", "CocoData", "photographs with outlined objects, MS-COCO's or yours: check"),
     "coins": ("instance_segmentation", "CoinsData", "scikit-image's photograph of coins, outlined: generate"),
     "imagenet": ("image_classification", "ImageFolderData", "photographs in a folder per class: check"),
+    "scene_flow": ("stereo_depth", "SceneFlowData", "rendered pairs with their disparities: check"),
+    "kitti": ("stereo_depth", "KittiData", "pairs from a car, KITTI 2012 or 2015: check"),
+    "middlebury": ("stereo_depth", "MiddleburyData", "pairs of indoor scenes, Middlebury 2014: check"),
+    "eth3d": ("stereo_depth", "ETH3DData", "grey pairs of buildings and rooms: check"),
+    "motorcycle": ("stereo_depth", "MotorcycleData", "scikit-image's pair of a motorcycle: write"),
 }
 _EXAMPLES = """\
 examples:

@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torchvision
 import yaml
 from torch.nn.functional import cross_entropy
 
 from lineara.nn import SoftmaxAttention
 from lineara.tasks.long_range_arena import SequenceClassification
-from lineara.tasks.training import TrainingCommand, _WholeCheckpoints, load_run, locked_folder
+from lineara.tasks.training import TrainingCommand, _WholeCheckpoints, begin_run, load_run, locked_folder
 
 # Advice that `lineara fit` silences too, two remarks about resumed runs, which do go on with the next batch, and what
 # Lightning's command line still calls of jsonargparse.
@@ -560,6 +561,21 @@ def test_another_attention_comes_with_its_own_defaults():
         assert isinstance(layer, SoftmaxAttention)
         assert layer.scale is None
         assert layer.num_heads == 2
+
+
+def test_a_network_can_be_looked_into_where_its_recipe_could_not_be_trained(tmp_path):
+    recipe = Path(__file__).parents[2] / "recipes/image_classification/digits.yaml"
+    settings = yaml.safe_load(recipe.read_text())
+    plain = torchvision.models.resnet18(num_classes=10)
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    settings["model"]["init_args"]["initial_weights"] = str(tmp_path / "plain.pth")
+    settings["trainer"] |= {"accelerator": "gpu", "devices": 8, "strategy": "ddp", "precision": "16-mixed"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    task, data = begin_run(tmp_path / "recipe.yaml")
+    assert not task.training
+    assert type(data).__name__ == "DigitsData"
+    assert torch.equal(task.network.layer4[0].conv1.weight, plain.layer4[0].conv1.weight)
+    assert task.network.get_submodule("layer2.attention").num_heads
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):

@@ -138,6 +138,13 @@ def test_a_detectors_score_is_its_mask_ap():
     assert loss.get_title() == "loss"
 
 
+def test_of_errors_in_pixels_the_lowest_is_the_best():
+    errors = (VAL_STEPS, np.array([8.0, 3.0, 4.0, 5.0]))
+    _, score = learning_curves({"train/epe": METRICS["train/loss"], "val/epe": errors}).axes
+    assert score.get_title() == "end-point error (px)"
+    assert score.lines[2].get_label() == "validation, best 3.000 at step 500"
+
+
 def test_trivial_answers_are_dashed_labelled_lines_beside_the_accuracy_only():
     loss, accuracy = learning_curves(METRICS).axes
     assert len(loss.lines) == 3

@@ -95,6 +95,8 @@ class TrainingCommand(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         run_dir = Path(self._get(self.config, "run_dir"))
         kwargs["default_root_dir"] = str(run_dir)
+        if self.subcommand is None:  # to look into the network, wherever the recipe is to be trained
+            kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None}
         if self.subcommand != "fit":
             kwargs["logger"] = False
         elif self._get(self.config, "trainer").logger is None:

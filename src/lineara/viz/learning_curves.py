@@ -15,7 +15,8 @@ _Points = dict[str, dict[int, float]]  # metric -> step -> value
 _TRAINING, _VALIDATION, _TRIVIAL = "#E69F00", "#0072B2", "#444444"
 _TRIVIAL_PREFIX = "val/accuracy_of_"
 # What tasks log as their score; the first that a run has is drawn.
-_SCORES = {"accuracy": "accuracy", "mask_ap": "mask AP"}
+_SCORES = {"accuracy": "accuracy", "mask_ap": "mask AP", "epe": "end-point error (px)"}
+_LOWER_IS_BETTER = ("loss", "epe")
 # Training values are averaged over this share of the run.
 _SMOOTHED_SHARE = 0.1
 
@@ -54,15 +55,15 @@ def read_metrics(run_dir: Path | str) -> dict[str, tuple[npt.NDArray[np.int64], 
 
 
 def learning_curves(metrics: Metrics, *, title: str = "") -> Figure:
-    """Draw loss and score against the optimiser's steps: accuracy, or where a run logs none, mask AP.
+    """Draw loss and score against the optimiser's steps: accuracy, mask AP or end-point error.
 
     Training values are drawn faintly, and boldly their mean over a tenth of the run; validation values have a mark
     each, and the best one is named. Dashed lines are the accuracies of trivial answers, which need no attention.
 
     Args:
         metrics: from `read_metrics`: `"train/loss"`, `"val/loss"`, `"train/accuracy"`, `"val/accuracy"` or
-            `"val/mask_ap"` (fractions) and any `"val/accuracy_of_<answer>"`, of which the last value counts. Others are
-            ignored, missing ones left out.
+            `"val/mask_ap"` (fractions) or `"val/epe"` (pixels), and any `"val/accuracy_of_<answer>"`, of which the last
+            value counts. Others are ignored, missing ones left out.
         title: above the panels.
 
     Returns:
@@ -83,7 +84,7 @@ def learning_curves(metrics: Metrics, *, title: str = "") -> Figure:
         if f"train/{name}" in metrics:
             _draw_training(axes, *metrics[f"train/{name}"])
         if f"val/{name}" in metrics:
-            _draw_validation(axes, *metrics[f"val/{name}"], best_is_highest=name == score)
+            _draw_validation(axes, *metrics[f"val/{name}"], best_is_highest=name not in _LOWER_IS_BETTER)
         axes.set_xlabel("optimiser step", fontsize=11)
         axes.set_title(_SCORES.get(name, name), fontsize=12)
         axes.grid(color="#DDDDDD", linewidth=0.6)
