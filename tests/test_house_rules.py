@@ -45,7 +45,7 @@ class Row:
     never: str = ""  # parts of an allowed library, or modules of a drawer, that stay out all the same
 
 
-DATA_LIBRARIES = "torchvision PIL skimage sklearn scipy pycocotools faster_coco_eval hotcoco datasets"
+DATA_LIBRARIES = "torchvision PIL skimage sklearn scipy cv2 pycocotools faster_coco_eval hotcoco datasets"
 
 WHICH_WAY_IMPORTS_POINT = (
     Row(r"__init__\.py", rooms="ops nn models"),

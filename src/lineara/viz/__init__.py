@@ -4,6 +4,7 @@ try:
     from lineara.viz.attention_maps import global_maps, map_grid, token_maps
     from lineara.viz.cost_curves import cost_curves, read_costs
     from lineara.viz.detections import detections
+    from lineara.viz.disparity import disparity_comparison, disparity_picture
     from lineara.viz.example_images import example_images
     from lineara.viz.learning_curves import learning_curves, read_metrics
     from lineara.viz.routing import router_load, routing_over_image, routing_over_tokens
@@ -17,6 +18,8 @@ except ModuleNotFoundError as error:
 __all__ = [
     "cost_curves",
     "detections",
+    "disparity_comparison",
+    "disparity_picture",
     "example_images",
     "global_maps",
     "learning_curves",
