@@ -3,12 +3,15 @@
 import errno
 import os
 import re
+import select
 import stat
+import subprocess
+import sys
 
 import pytest
 from matplotlib.figure import Figure
 
-from lineara.tasks.files import save_figure, write_text, written_whole
+from lineara.tasks.files import alone_in, save_figure, write_text, written_whole
 
 
 def names(folder):
@@ -131,3 +134,33 @@ def test_a_picture_is_written_in_the_form_that_its_name_says(tmp_path):
     ):
         save_figure(figure, tmp_path / "curves.txt")
     assert names(tmp_path) == ["curves.pdf", "curves.png", "curves.svg"]
+
+
+def test_a_folder_is_one_processes_at_a_time(tmp_path):
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom lineara.tasks.files import alone_in\n"
+        "with alone_in(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "set")]
+    first, second = (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    )
+    waiting = {first.stdout: first, second.stdout: second}
+    [[inside], _, _] = select.select(list(waiting), [], [], 60)
+    assert inside.readline() == "in\n"
+    assert select.select([out for out in waiting if out is not inside], [], [], 0.5)[0] == []
+    waiting.pop(inside).kill()  # the system lets go of the folder
+    [(outside, other)] = waiting.items()
+    assert outside.readline() == "in\n"
+    other.communicate("\n", timeout=60)
+    assert other.returncode == 0
+    first.communicate(), second.communicate()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OSError, match=r"file/set must be a folder that can be written, got .*; set another data_root$"),
+        alone_in(tmp_path / "file" / "set"),
+    ):
+        pass

@@ -1,5 +1,6 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and folders written by one process at a time."""
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -48,3 +49,18 @@ def save_figure(figure: Any, path: Path) -> None:
         raise ValueError(f"a picture must be a .png, .pdf or .svg file, got {path}; name another one")
     with written_whole(path) as temporary:
         figure.savefig(temporary)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process prepares the folder; the system lets go of it however the process ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise type(error)(
+            f"{folder} must be a folder that can be written, got {error.strerror or error}; set another data_root"
+        ) from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

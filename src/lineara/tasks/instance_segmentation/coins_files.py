@@ -7,11 +7,8 @@ The photograph shows four rows of six coins on a dark ground. It is cut between 
     test     the fourth row         6 coins     78 x 384
 """
 
-import fcntl
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lineara.tasks.files import write_text, written_whole
+from lineara.tasks.files import alone_in, write_text, written_whole
 from lineara.tasks.image_files import read_pixels
 from lineara.tasks.instance_segmentation.coco_entries import encode
 from lineara.tasks.instance_segmentation.coco_files import read_annotations
@@ -53,7 +50,7 @@ def prepare_coins(folder: Path | str) -> None:
     folder = Path(folder)
     if _is_current(folder):
         return
-    with _alone_in(folder):
+    with alone_in(folder):
         if not _is_current(folder, warn=True):  # another process may have written it meanwhile
             _write(folder)
 
@@ -148,18 +145,3 @@ def _is_current(folder: Path, *, warn: bool = False) -> bool:
             warnings.warn(f"{error}; writing the set of coins again now", RuntimeWarning, stacklevel=3)
         return False
     return True
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process prepares the folder; the system lets go of it however the process ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise type(error)(
-            f"{folder} must be a folder that can be written, got {error.strerror or error}; set another data_root"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -4,17 +4,14 @@ It is one of Middlebury's pairs of 2014, at a quarter of its size: 500 x 741 pix
 pixels for 92.65 % of them.
 """
 
-import fcntl
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from lineara.tasks.files import write_text, written_whole
+from lineara.tasks.files import alone_in, write_text, written_whole
 from lineara.tasks.stereo_depth.frames import Frame, read_float_truth, read_views
 from lineara.tasks.stereo_depth.pfm import write_pfm
 
@@ -49,7 +46,7 @@ def prepare_motorcycle(folder: Path | str) -> None:
     folder = Path(folder)
     if _is_current(folder):
         return
-    with _alone_in(folder):
+    with alone_in(folder):
         if not _is_current(folder, warn=True):  # another process may have written it meanwhile
             _write(folder)
 
@@ -106,18 +103,3 @@ def _is_current(folder: Path, *, warn: bool = False) -> bool:
             warnings.warn(f"{error}; writing the motorcycle again now", RuntimeWarning, stacklevel=3)
         return False
     return True
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process prepares the folder; the system lets go of it however the process ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as error:
-        raise type(error)(
-            f"{folder} must be a folder that can be written, got {error.strerror or error}; set another data_root"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
