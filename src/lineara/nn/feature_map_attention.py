@@ -65,11 +65,16 @@ class FeatureMapAttention(nn.Module):
             context = x
         else:
             self._check_input("context", context)
-        query = self._split_heads(self.queries(x))  # (B, H, N, K)
-        key = self._split_heads(self.keys(context))  # (B, H, M, K)
-        value = self._split_heads(self.values(context))  # (B, H, M, V)
-        attended = self.attend(query, key, value, context.shape[2:])  # (B, H, N, V)
-        maps = attended.mT.reshape(x.shape[0], self.value_dim, *x.shape[2:])  # (B, H * V, *positions)
+        # Without names of their own, queries, keys and values are gone when the reprojection needs memory.
+        maps = self._join_heads(
+            self.attend(
+                self._split_heads(self.queries(x)),  # (B, H, N, K)
+                self._split_heads(self.keys(context)),  # (B, H, M, K)
+                self._split_heads(self.values(context)),  # (B, H, M, V)
+                context.shape[2:],
+            ),
+            x.shape[2:],
+        )
         return x + self.reprojection(maps)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_shape: Sequence[int]) -> Tensor:
@@ -85,6 +90,9 @@ class FeatureMapAttention(nn.Module):
         return maps.reshape(
             batch, self.num_heads, channels // self.num_heads, num_positions
         ).mT  # (B, H, N, D), no copy
+
+    def _join_heads(self, attended: Tensor, shape: Sequence[int]) -> Tensor:
+        return attended.mT.reshape(attended.shape[0], self.value_dim, *shape)  # (B, H * V, *positions)
 
     def _check_input(self, name: str, maps: Tensor) -> None:
         if maps.dim() != 2 + len(self._axes) or maps.shape[1] != self.dim:
