@@ -8,6 +8,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from lineara.models import mask_rcnn
 from lineara.models.mask_rcnn import feature_pyramid
+from lineara.models.thin_images import TransformOfAnyShape
 from lineara.nn import EfficientAttention2d, MultiresolutionAttention2d
 from lineara.nn.non_local_attention import NonLocalAttention2d
 
@@ -38,8 +39,11 @@ def test_plain_it_is_torchvisions(version):
     ours, theirs = mask_rcnn(version=version), TORCHVISIONS[version](weights=None, weights_backbone=None)
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     assert {type(module) for module in ours.modules()} - {type(module) for module in theirs.modules()} == {
-        type(ours.backbone.fpn.extra_blocks)
+        type(ours.backbone.fpn.extra_blocks),
+        TransformOfAnyShape,
     }
+    made = ("min_size", "max_size", "image_mean", "image_std", "size_divisible", "fixed_size")
+    assert all(getattr(ours.transform, name) == getattr(theirs.transform, name) for name in made)
     ours.load_state_dict(theirs.state_dict())
     image = [torch.rand(3, 64, 65)]
     for network in (ours, theirs):
@@ -210,6 +214,23 @@ def test_options_reach_torchvision():
     assert mask_rcnn("resnet18", min_size=[64, 96]).transform.min_size == (64, 96)
 
 
+@pytest.mark.parametrize("size", [(1, 300), (300, 1)], ids=str)
+def test_a_very_thin_image_is_trained_on_and_searched(size):
+    """torchvision would resize it to a side of nothing."""
+    image, masks = torch.rand(3, *size), torch.zeros(1, *size, dtype=torch.uint8)
+    masks[0, : min(size[0], 90), : min(size[1], 90)] = 1
+    boxes = torch.tensor([[0.0, 0.0, min(size[1], 90), min(size[0], 90)]])
+    network = small(attention=starting_as_identity(EfficientAttention2d), batch_norm="frozen")
+    losses = network([image], [{"boxes": boxes, "labels": torch.tensor([1]), "masks": masks}])
+    assert all(loss.isfinite() for loss in losses.values())
+    with torch.no_grad():
+        [found] = network.eval()([image])
+    assert len(found["boxes"]) > 0
+    assert found["boxes"][:, 2].max() <= size[1]
+    assert found["boxes"][:, 3].max() <= size[0]
+    assert found["masks"].shape[1:] == (1, *size)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -217,6 +238,15 @@ def test_options_reach_torchvision():
         ({"batch_norm": "sync"}, "^batch_norm must be 'train' or 'frozen', got 'sync'$"),
         ({"trainable_stages": 6}, "^trainable_stages must be from 0 to 5, got 6$"),
         ({"anchor_sizes": (8, 16)}, r"^anchor_sizes must be 5 numbers, one per level, got \(8, 16\)$"),
+        (
+            {"anchor_sizes": (8, 16, 0, 64, 128)},
+            r"^anchor_sizes must be at least 1 pixel each, got \(8, 16, 0, 64, 128\)$",
+        ),
+        ({"min_size": 0}, "^min_size must be at least 1 pixel, got 0$"),
+        ({"min_size": (64, -1)}, "^min_size must be at least 1 pixel, got 64, -1$"),
+        ({"min_size": ()}, "^min_size must be at least 1 pixel, got none$"),
+        ({"min_size": (64, 96), "max_size": 95}, "^max_size must be at least min_size, got 95 and 96$"),
+        ({"num_classes": 1}, "^num_classes must be at least 2, the background and one more, got 1$"),
         ({"places": 6}, "one of the numbers 0, 1, 5, 7, got 6$"),
         ({"places": ["fpn6"]}, "some of res2, .*, fpn5, each once, got"),
         ({"options": {"box_detections": 7}}, "^options must be further arguments of torchvision's MaskRCNN, got box"),

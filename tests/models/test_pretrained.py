@@ -117,7 +117,39 @@ def test_no_file_a_broken_one_and_one_that_would_run_code_are_refused(tmp_path, 
         with pytest.raises(ValueError, match=f"{name} must be a file of weights, got a file that torch cannot read"):
             load_plain_weights(network, tmp_path / name)
     assert "the pickle was run" not in capsys.readouterr().out
-    for content in ([1, 2], {"epoch": 3}, {}, {"state_dict": {"other": torch.ones(2)}}):
-        torch.save(content, tmp_path / "other.pth")
-        with pytest.raises(ValueError, match=r"other.pth must hold a dict of weights"):
-            load_plain_weights(network, tmp_path / "other.pth")
+
+
+WEIGHT, BIAS = torch.ones(3, 2), torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("content", "given"),
+    [
+        ([1, 2], "an object of type list"),
+        ({}, "none"),
+        ({"state_dict": {"other": torch.ones(2)}}, "none"),
+        ({"state_dict": {1: 2}}, "none"),
+        ({"state_dict": {"network.weight": 2}}, "weight of type int"),
+        ({"epoch": 3}, "epoch of type int"),
+        ({"weight": WEIGHT, 1: BIAS}, "1 for a name"),
+        ({"weight": WEIGHT, "bias": BIAS > 0}, "bias of torch.bool"),
+        ({"weight": WEIGHT, "bias": BIAS * 1j}, "bias of torch.complex64"),
+        ({"weight": WEIGHT, "bias": BIAS * float("nan")}, "bias with values that are not finite"),
+        ({"weight": WEIGHT.half() * float("inf"), "bias": BIAS}, "weight with values that are not finite"),
+    ],
+    ids=str,
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, given):
+    torch.save(content, tmp_path / "other.pth")
+    sentence = (
+        rf"other\.pth must hold a dict of weights by their names, got {given}; name a state dict, or a checkpoint"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        load_plain_weights(nn.Linear(2, 3), tmp_path / "other.pth")
+
+
+def test_whole_numbers_are_weights_too(tmp_path):
+    network = nn.Linear(2, 3)
+    torch.save({"weight": WEIGHT.long(), "bias": BIAS.to(torch.uint8)}, tmp_path / "whole.pth")
+    load_plain_weights(network, tmp_path / "whole.pth")
+    assert torch.equal(network.weight, WEIGHT)

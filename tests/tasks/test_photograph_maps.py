@@ -15,6 +15,7 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 from torchvision.transforms.v2.functional import resize
 
+from lineara.models import mask_rcnn
 from lineara.nn import EfficientAttention2d, SoftmaxAttention
 from lineara.tasks import photograph_maps as module
 from lineara.tasks.image_classification import DigitsData, ImageClassification, ImageFolderData
@@ -146,6 +147,16 @@ def test_a_photograph_that_needs_no_padding_is_not_cut(tmp_path, detector, drawn
     [(maps, _)] = drawn
     assert maps.shape == (3, 12, 16)
     torch.testing.assert_close(maps.sum(dim=(1, 2)), torch.ones(3))
+
+
+def test_a_very_thin_photograph_has_maps(tmp_path):
+    network = mask_rcnn(
+        "resnet18", min_size=64, max_size=128, attention=lambda dim: EfficientAttention2d(dim, key_dim=3)
+    )
+    Image.new("RGB", (300, 1)).save(tmp_path / "a.png")
+    figure = photograph_maps(network.eval(), None, tmp_path / "a.png")
+    assert figure.axes[0].get_title() == "image"
+    figure.savefig(tmp_path / "maps.png")
 
 
 def test_attention_behind_the_backbone_of_a_detector_is_not_offered(photograph, detector):

@@ -59,7 +59,8 @@ def mask_rcnn(
         trainable_stages: stages of the ResNet, from the last, that learn: 5 all of it, 3 the usual for pretrained
             weights, 0 none. Attention modules always learn.
         min_size: length of the images' short side, in pixels; of several one is drawn for each training image.
-        max_size: bound of the long side, in pixels.
+        max_size: bound of the long side, in pixels. An image so thin that nothing of its short side would be left keeps
+            one pixel of it, which torchvision's own network refuses.
         anchor_sizes: side of the anchors on each of the five levels of the pyramid, in pixels of the resized image.
         options: further arguments of torchvision's MaskRCNN, such as `box_detections_per_img`.
 
@@ -77,6 +78,8 @@ def mask_rcnn(
         >>> network = mask_rcnn(attention=lambda dim: EfficientAttention2d(dim, key_dim=64, zero_init=True))
     """
     _check(version, trainable_stages, anchor_sizes)
+    min_sizes = (min_size,) if isinstance(min_size, int) else tuple(min_size)
+    _check_numbers(num_classes, min_sizes, max_size, anchor_sizes)
     chosen = choose_places(places, _PLACES, (*STAGES, *LEVELS))
     norm_layer = _normalization(batch_norm, batch_norm_eps)
     pyramid = feature_pyramid(
@@ -88,9 +91,14 @@ def mask_rcnn(
         trainable_stages=trainable_stages,
     )
     arguments = _heads(pyramid.out_channels, version, anchor_sizes, norm_layer)
-    arguments |= {"min_size": min_size if isinstance(min_size, int) else tuple(min_size), "max_size": max_size}
+    arguments |= {"min_size": min_sizes, "max_size": max_size}
     detection = torchvision_models().detection
-    return detection.MaskRCNN(pyramid, num_classes=num_classes, **arguments, **_checked(options, arguments))
+    network = detection.MaskRCNN(pyramid, num_classes=num_classes, **arguments, **_checked(options, arguments))
+    from lineara.models.thin_images import TransformOfAnyShape
+
+    made = network.transform
+    network.transform = TransformOfAnyShape(made.min_size, made.max_size, made.image_mean, made.image_std)
+    return network
 
 
 def feature_pyramid(
@@ -158,6 +166,17 @@ def _check(version: int, trainable_stages: int, anchor_sizes: Sequence[int]) -> 
         raise ValueError(f"trainable_stages must be from 0 to 5, got {trainable_stages}")
     if len(anchor_sizes) != len(LEVELS):
         raise ValueError(f"anchor_sizes must be {len(LEVELS)} numbers, one per level, got {tuple(anchor_sizes)}")
+
+
+def _check_numbers(num_classes: int, min_sizes: Sequence[int], max_size: int, anchor_sizes: Sequence[int]) -> None:
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, the background and one more, got {num_classes}")
+    if not min_sizes or min(min_sizes) < 1:
+        raise ValueError(f"min_size must be at least 1 pixel, got {', '.join(map(str, min_sizes)) or 'none'}")
+    if max_size < max(min_sizes):
+        raise ValueError(f"max_size must be at least min_size, got {max_size} and {max(min_sizes)}")
+    if min(anchor_sizes) < 1:
+        raise ValueError(f"anchor_sizes must be at least 1 pixel each, got {tuple(anchor_sizes)}")
 
 
 def _checked(options: Mapping[str, Any] | None, taken: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ _ATTENTION = re.compile(r"(^|\.)(layer\d\.attention|extra_blocks\.fpn\d)\.|^atte
 _PREDICTORS = re.compile(
     r"(^|\.)(fc|box_predictor\.(cls_score|bbox_pred)|mask_predictor\.mask_fcn_logits)\.(weight|bias)$"
 )
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _COUNTERS = "num_batches_tracked"  # frozen normalisation keeps none
 
 
@@ -33,8 +34,8 @@ def load_plain_weights(network: nn.Module, path: Path | str, *, part: str | None
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a file that holds no weights, lacks others than those of attention, or has some of other names
-            or shapes.
+        ValueError: for a file that holds no weights or some that are not finite, lacks others than those of attention,
+            or has some of other names or shapes.
     """
     weights = _read(Path(path))
     target = network if part is None else network.get_submodule(part)
@@ -83,8 +84,30 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         content = {
             name.removeprefix(of_network): tensor
             for name, tensor in content["state_dict"].items()
-            if name.startswith(of_network)
+            if isinstance(name, str) and name.startswith(of_network)
         }
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} must hold a dict of weights, got {type(content).__name__} of something else")
+    why = _complaint(content)
+    if why is not None:
+        raise ValueError(
+            f"{path} must hold a dict of weights by their names, got {why}; name a state dict, or a checkpoint of "
+            "lineara fit"
+        )
     return content
+
+
+def _complaint(content: object) -> str | None:
+    """What keeps this from being weights, or None."""
+    if not isinstance(content, dict):
+        return f"an object of type {type(content).__name__}"
+    if not content:
+        return "none"
+    for name, value in content.items():
+        if not isinstance(name, str):
+            return f"{name!r} for a name"
+        if not isinstance(value, Tensor):
+            return f"{name} of type {type(value).__name__}"
+        if not value.is_floating_point() and value.dtype not in _INTEGERS:
+            return f"{name} of {value.dtype}"
+        if not value.isfinite().all():
+            return f"{name} with values that are not finite"
+    return None

@@ -155,6 +155,12 @@ def test_with_few_classes_the_top_5_are_all(tmp_path, write_set):
         ({"milestones": [3, 2]}, r"milestones must be epochs from 1, each later than the last, got \[3, 2\]"),
         ({"milestones": [0]}, r"milestones must be epochs from 1, each later than the last, got \[0\]"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"gamma": 0.0}, "gamma must be a finite number above 0, got 0.0"),
+        ({"base_lr": 0.0}, "base_lr must be a finite number above 0, got 0.0"),
+        ({"momentum": -0.9}, "momentum must be a finite number of at least 0, got -0.9"),
+        ({"weight_decay": -1.0}, "weight_decay must be a finite number of at least 0, got -1.0"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must lie in 0\.\.1, got 1.5"),
+        ({"label_smoothing": -0.1}, r"label_smoothing must lie in 0\.\.1, got -0.1"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong, sentence):
@@ -296,12 +302,14 @@ def stopped(recipe, tmp_path_factory):
         (["--data.batch_size", "8"], "steps_per_epoch 3"),
         (["--model.init_args.base_lr", "0.25"], "lr 0.00585938, steps"),
         (["--model.init_args.milestones", "[2]"], r"milestones \[2\]"),
+        (["--model.init_args.momentum", "0.5"], r"momentum 0\.5"),
+        (["--model.init_args.weight_decay", "0.5"], r"weight_decay 0\.5"),
     ],
 )
 def test_a_resumed_run_keeps_its_schedule(stopped, recipe, words, named):
     sentence = (
         rf"^a resumed run must keep its schedule, got .*{named}.* but it was begun with lr 0\.0117188, "
-        r"steps_per_epoch 4, milestones \[1\], gamma 0\.1, warmup_steps 0; set them"
+        r"steps_per_epoch 4, milestones \[1\], gamma 0\.1, warmup_steps 0, momentum 0\.9, weight_decay 0\.0001; set"
     )
     with recorded() as batches, pytest.raises(ValueError, match=sentence):
         run("fit", recipe, stopped, "--ckpt_path", "last", *words)

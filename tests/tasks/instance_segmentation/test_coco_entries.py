@@ -44,7 +44,9 @@ def test_a_mask_survives_encoding_and_its_text_is_accepted(mask):
     assert np.array_equal(decode(segmentation, height, width), mask)
     assert mask_area(segmentation, height, width) == mask.sum()
     images = {7: {"height": height, "width": width}}
-    assert annotation_complaint(annotation(segmentation=segmentation), images, CATEGORIES) is None
+    complaint = annotation_complaint(annotation(segmentation=segmentation), images, CATEGORIES)
+    assert (complaint is None) == mask.any()
+    assert mask.any() or complaint.startswith("its run lengths must have a pixel of the object, got none in ")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +70,16 @@ def runs(counts):
     return {"size": [13, 17], "counts": counts}
 
 
+ID = "its id must be a whole number from 0 to 2**63 - 1, got"
+OUTSIDE = "bbox must overlap its image of 17 x 13 pixels (width x height), got"
+AREA = "area must be a finite number of at least 0, got"
+FAR = (
+    "a polygon must not go further than one image size beyond its image of 17 x 13 pixels (width x height), got x from"
+)
+UNSEEN = (
+    "segmentation must cover some of its image of 17 x 13 pixels (width x height), got polygons that are flat or "
+    "outside,"
+)
 KEYS = "it must have id, image_id, category_id, bbox, segmentation, got"
 BOX = "bbox must be 4 finite numbers with a width and a height above 0, got"
 POLYGON = "a polygon must be at least 3 points [x, y, x, y, x, y] of finite numbers, got"
@@ -81,14 +93,26 @@ SUM = "its run lengths must be at least 0 and sum to 13 x 17 = 221, got"
     [
         ("segmentation", ..., f"{KEYS} no segmentation"),
         ("bbox", ..., f"{KEYS} no bbox"),
-        ("id", "5", "its id must be a whole number, got '5'"),
-        ("id", True, "its id must be a whole number, got True"),
+        ("id", "5", f"{ID} '5'"),
+        ("id", True, f"{ID} True"),
+        ("id", -1, f"{ID} -1"),
+        ("id", 2**63, f"{ID} {2**63}"),
         ("image_id", 8, "image_id must be that of a listed image, got 8"),
         ("image_id", [7], "image_id must be that of a listed image, got [7]"),
         ("category_id", 4, "category_id must be that of a listed category, got 4"),
         ("iscrowd", 2, "iscrowd must be 0 or 1, got 2"),
-        ("area", float("nan"), "area must be a finite number, got nan"),
-        ("area", None, "area must be a finite number, got None"),
+        ("iscrowd", True, "iscrowd must be 0 or 1, got True"),
+        ("iscrowd", 1.0, "iscrowd must be 0 or 1, got 1.0"),
+        ("iscrowd", [0], "iscrowd must be 0 or 1, got [0]"),
+        ("area", float("nan"), f"{AREA} nan"),
+        ("area", None, f"{AREA} None"),
+        ("area", -0.5, f"{AREA} -0.5"),
+        ("area", True, f"{AREA} True"),
+        ("bbox", [17, 2, 3, 4], f"{OUTSIDE} [17, 2, 3, 4]"),
+        ("bbox", [1, 13, 3, 4], f"{OUTSIDE} [1, 13, 3, 4]"),
+        ("bbox", [-3, 2, 3, 4], f"{OUTSIDE} [-3, 2, 3, 4]"),
+        ("bbox", [1, -4, 3, 4], f"{OUTSIDE} [1, -4, 3, 4]"),
+        ("bbox", [True, 2, 3, 4], f"{BOX} [True, 2, 3, 4]"),
         ("bbox", [1, 2, 0, 4], f"{BOX} [1, 2, 0, 4]"),
         ("bbox", [1, 2, 3, -4.5], f"{BOX} [1, 2, 3, -4.5]"),
         ("bbox", [1, 2, 3], f"{BOX} [1, 2, 3]"),
@@ -102,6 +126,25 @@ SUM = "its run lengths must be at least 0 and sum to 13 x 17 = 221, got"
         ("segmentation", [[1, 2, 4, 2, 4, 6], [1] * 7], f"{POLYGON} [1, 1, 1, 1, 1, 1, 1]"),
         ("segmentation", [[1, 2, 4, 2, 4, None]], f"{POLYGON} [1, 2, 4, 2, 4, None]"),
         ("segmentation", [5], f"{POLYGON} 5"),
+        ("segmentation", [[1, 2, True, 2, 4, 6]], f"{POLYGON} [1, 2, True, 2, 4, 6]"),
+        ("segmentation", [[1, 2, 1e12, 2, 4, 6]], f"{FAR} 1 to 1e+12 and y from 2 to 6"),
+        ("segmentation", [[1, 2, 4, 2, 4, 6], [1, 2, 4, -1e7, 4, 6]], f"{FAR} 1 to 4 and y from -1e+07 to 6"),
+        ("segmentation", [[-18, 2, 4, 2, 4, 6]], f"{FAR} -18 to 4 and y from 2 to 6"),
+        ("segmentation", [[1, 2, 4, 2, 4, 27]], f"{FAR} 1 to 4 and y from 2 to 27"),
+        ("segmentation", [[17, 2, 20, 2, 20, 6]], f"{UNSEEN} [[17, 2, 20, 2, 20, 6]]"),
+        ("segmentation", [[1, -4, 4, -4, 4, 0]], f"{UNSEEN} [[1, -4, 4, -4, 4, 0]]"),
+        ("segmentation", [[4, 2, 4, 5, 4, 6]], f"{UNSEEN} [[4, 2, 4, 5, 4, 6]]"),
+        ("segmentation", [[1, 2, 3, 2, 4, 2], [1, 1] * 3], f"{UNSEEN} [[1, 2, 3, 2, 4, 2], [1, 1, 1, 1, 1, 1]]"),
+        (
+            "segmentation",
+            {"size": [13.0, 17], "counts": [0, 221]},
+            "the size of its run lengths must be the image's [13, 17], got [13.0, 17]",
+        ),
+        (
+            "segmentation",
+            runs([221, 0, 0]),
+            "its run lengths must have a pixel of the object, got none in [221, 0, 0]",
+        ),
         (
             "segmentation",
             {"size": [17, 13], "counts": [221]},
@@ -129,6 +172,22 @@ def test_text_of_run_lengths_that_lost_its_end_is_complained_about(cut):
     assert "run lengths" in annotation_complaint(annotation(segmentation=segmentation), IMAGES, CATEGORIES)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bbox": [0, 0, 17, 13]},
+        {"bbox": [-5.5, -3, 100, 3.25]},  # a little of it is seen
+        {"segmentation": [[-17, -13, 34, -13, 34, 26]]},  # as far as a polygon may go
+        {"segmentation": [[4, 2, 4, 5, 4, 6], [20, 2, 25, 2, 25, 6], [0, 0, 3, 0, 3, 3]]},  # two parts are not seen
+        {"id": 0, "area": 0, "iscrowd": 1},
+        {"id": 2**63 - 1, "segmentation": runs([220, 1])},
+    ],
+    ids=str,
+)
+def test_what_is_just_possible_is_accepted(changes):
+    assert annotation_complaint(annotation(**changes), IMAGES, CATEGORIES) is None
+
+
 def test_an_entry_that_is_no_object_is_complained_about():
     assert annotation_complaint([1], IMAGES, CATEGORIES).endswith("segmentation, got [1]")
     assert image_complaint("x") == "it must be an object with id, file_name, height, width, got 'x'"
@@ -147,7 +206,9 @@ def test_what_is_long_is_quoted_in_part():
         ({"file_name": ""}, "file_name must be a name, got ''"),
         ({"height": 0}, "height must be a whole number of pixels of at least 1, got 0"),
         ({"width": 4.5}, "width must be a whole number of pixels of at least 1, got 4.5"),
-        ({"id": None}, "its id must be a whole number, got None"),
+        ({"id": None}, f"{ID} None"),
+        ({"id": -1}, f"{ID} -1"),
+        ({"id": 2**63}, f"{ID} {2**63}"),
     ],
 )
 def test_a_broken_image_is_complained_about(changes, complaint):

@@ -116,6 +116,19 @@ def repeat_annotation(content):
     content["annotations"].append({**content["annotations"][0], "image_id": 11})
 
 
+def count_below_nothing(content):
+    content["images"][1]["id"] = -3  # image 3 of annotation 6
+    content["annotations"][2]["image_id"] = -3
+
+
+def go_beyond_64_bits(content):
+    content["annotations"][3]["id"] = 2**63
+
+
+def leave_image(content):
+    content["annotations"][3] |= {"bbox": [37, 0, 5, 5], "segmentation": [[37, 0, 42, 0, 42, 5]]}
+
+
 def forget_id(content):
     del content["annotations"][2]["id"]
 
@@ -123,6 +136,13 @@ def forget_id(content):
 FAULTS = [
     (break_image, "image 3: height must be", {"images": [7, 11, 5, 2], "annotations": [4, 9, 8, 12]}),
     (break_annotation, "annotation 8: bbox must be 4 finite", {"annotations": [4, 9, 6, 12]}),
+    (
+        count_below_nothing,
+        r"image -3: its id must be a whole number from 0 to 2\*\*63 - 1, got -3",
+        {"images": [7, 11, 5, 2], "annotations": [4, 9, 8, 12]},
+    ),
+    (go_beyond_64_bits, f"annotation {2**63}: its id must be a whole number from 0", {"annotations": [4, 9, 6, 12]}),
+    (leave_image, "annotation 8: bbox must overlap its image", {"annotations": [4, 9, 6, 12]}),
     (repeat_image, "image 7: its id must be its own, got one that an earlier image has", {}),
     (repeat_annotation, "annotation 4: its id must be its own, got one that an earlier annotation has", {}),
     (forget_id, "annotation at position 2 of its list: it must have id, .*, got no id", {"annotations": [4, 9, 8, 12]}),
@@ -166,6 +186,13 @@ def test_a_category_beyond_the_network_is_always_refused(tiny_set, annotations, 
     annotations["categories"][0]["id"] = number
     path = write(tiny_set, annotations)
     with pytest.raises(ValueError, match=f"^{path}, category {number}: its id must .*{complaint}.*; mend the file$"):
+        read(tiny_set, skip_broken=skip_broken)
+
+
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_a_set_without_a_category_is_refused(tiny_set, annotations, write, skip_broken):
+    path = write(tiny_set, annotations | {"annotations": [], "categories": []})
+    with pytest.raises(ValueError, match=f"^{path} must list at least one category, got none; add those of its obj"):
         read(tiny_set, skip_broken=skip_broken)
 
 

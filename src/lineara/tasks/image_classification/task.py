@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lineara.tasks.files import write_text
-from lineara.tasks.step_schedule import StepSchedule
+from lineara.tasks.step_schedule import StepSchedule, check_descent
 
 _CLASSES = "lineara_classes"
 _REFERENCE_BATCH = 256
@@ -59,10 +59,10 @@ class ImageClassification(LightningModule):
         initial_weights: str | None = None,
     ) -> None:
         super().__init__()
-        if list(milestones) != sorted(set(milestones)) or min(milestones, default=1) < 1:
-            raise ValueError(f"milestones must be epochs from 1, each later than the last, got {list(milestones)}")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+        check_descent(base_lr=base_lr, momentum=momentum, weight_decay=weight_decay)
+        StepSchedule(1, milestones, gamma, warmup_steps)  # refuses what makes no schedule now, not when the run begins
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must lie in 0..1, got {label_smoothing}")
         self.network = network
         self.num_classes = num_classes
         self.base_lr = base_lr
@@ -107,15 +107,17 @@ class ImageClassification(LightningModule):
         self._check_classes()
 
     def on_train_start(self) -> None:
-        """Raise if a resumed run would go on at another learning rate: its schedule counts in steps."""
+        """Raise if a resumed run would go on otherwise than it was planned: its schedule counts in steps."""
         schedule: Any = self.lr_schedulers()
         [begun], [begun_lr] = schedule.lr_lambdas, schedule.base_lrs
-        planned = self._schedule()
-        if vars(begun) != vars(planned) or begun_lr != self._lr():
+        [group] = schedule.optimizer.param_groups  # as the checkpoint has it
+        was = {"lr": begun_lr, **vars(begun), "momentum": group["momentum"], "weight_decay": group["weight_decay"]}
+        plan = {"lr": self._lr(), **vars(self._schedule())}
+        plan |= {"momentum": self.momentum, "weight_decay": self.weight_decay}
+        if was != plan:
             raise ValueError(
-                "a resumed run must keep its schedule, got "
-                f"{_described(planned, self._lr())} but it was begun with {_described(begun, begun_lr)}; set them, the "
-                "batch size and the number of processes as they were, or begin a new run"
+                f"a resumed run must keep its schedule, got {_listed(plan)} but it was begun with {_listed(was)}; set "
+                "them, the batch size and the number of processes as they were, or begin a new run"
             )
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
@@ -216,6 +218,5 @@ class ImageClassification(LightningModule):
             )
 
 
-def _described(schedule: StepSchedule, lr: float) -> str:
-    settings = ", ".join(f"{name} {value}" for name, value in vars(schedule).items())
-    return f"lr {lr:g}, {settings}"
+def _listed(plan: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" if name == "lr" else f"{name} {value}" for name, value in plan.items())

@@ -11,6 +11,8 @@ from faster_coco_eval.core import mask as run_lengths
 _IMAGE_KEYS = ("id", "file_name", "height", "width")
 _ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "segmentation")
 _LONGEST_QUOTE = 60
+_LARGEST_ID = 2**63 - 1  # what 64 bits hold
+_NUMBERS = {int, float}  # and not bool, which Python counts among the whole numbers
 
 Entry = dict[str, Any]
 
@@ -52,15 +54,13 @@ def annotation_complaint(entry: Any, images: Mapping[int, Entry], categories: Ma
         return f"image_id must be that of a listed image, got {_quoted(image_id)}"
     if type(category_id) is not int or category_id not in categories:
         return f"category_id must be that of a listed category, got {_quoted(category_id)}"
-    if entry.get("iscrowd", 0) not in (0, 1):
-        return f"iscrowd must be 0 or 1, got {_quoted(entry['iscrowd'])}"
-    if not _is_finite([entry.get("area", 0)]):
-        return f"area must be a finite number, got {_quoted(entry['area'])}"
-    box = entry["bbox"]
-    if not isinstance(box, list) or len(box) != 4 or not _is_finite(box) or box[2] <= 0 or box[3] <= 0:
-        return f"bbox must be 4 finite numbers with a width and a height above 0, got {_quoted(box)}"
-    image = images[image_id]
-    return _segmentation_complaint(entry["segmentation"], image["height"], image["width"])
+    is_crowd, area = entry.get("iscrowd", 0), entry.get("area", 0)
+    if type(is_crowd) is not int or is_crowd not in (0, 1):
+        return f"iscrowd must be 0 or 1, got {_quoted(is_crowd)}"
+    if not _is_finite([area]) or area < 0:
+        return f"area must be a finite number of at least 0, got {_quoted(area)}"
+    height, width = images[image_id]["height"], images[image_id]["width"]
+    return _box_complaint(entry["bbox"], height, width) or _segmentation_complaint(entry["segmentation"], height, width)
 
 
 def decode(segmentation: Any, height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -94,20 +94,28 @@ def _complaint_about_keys(entry: Any, keys: tuple[str, ...]) -> str | None:
     for key in keys:
         if key not in entry:
             return f"it must have {', '.join(keys)}, got no {key}"
-    if type(entry["id"]) is not int:
-        return f"its id must be a whole number, got {_quoted(entry['id'])}"
+    if type(entry["id"]) is not int or not 0 <= entry["id"] <= _LARGEST_ID:
+        return f"its id must be a whole number from 0 to 2**63 - 1, got {_quoted(entry['id'])}"
+    return None
+
+
+def _box_complaint(box: Any, height: int, width: int) -> str | None:
+    if not isinstance(box, list) or len(box) != 4 or not _is_finite(box) or box[2] <= 0 or box[3] <= 0:
+        return f"bbox must be 4 finite numbers with a width and a height above 0, got {_quoted(box)}"
+    left, top, box_width, box_height = box
+    if not (left < width and top < height and left + box_width > 0 and top + box_height > 0):
+        return f"bbox must overlap its image of {width} x {height} pixels (width x height), got {_quoted(box)}"
     return None
 
 
 def _segmentation_complaint(segmentation: Any, height: int, width: int) -> str | None:
     if isinstance(segmentation, list):
-        return _polygons_complaint(segmentation)
+        return _polygons_complaint(segmentation, height, width)
     if not isinstance(segmentation, dict) or "size" not in segmentation or "counts" not in segmentation:
         return f"segmentation must be polygons, or size and counts of run lengths, got {_quoted(segmentation)}"
-    if segmentation["size"] != [height, width]:
-        return (
-            f"the size of its run lengths must be the image's [{height}, {width}], got {_quoted(segmentation['size'])}"
-        )
+    size = segmentation["size"]
+    if size != [height, width] or set(map(type, size)) != {int}:
+        return f"the size of its run lengths must be the image's [{height}, {width}], got {_quoted(size)}"
     counts = segmentation["counts"]
     try:
         lengths = counts if isinstance(counts, list) else _read_counts(counts)
@@ -117,15 +125,34 @@ def _segmentation_complaint(segmentation: Any, height: int, width: int) -> str |
     if not whole or sum(lengths) != height * width:
         total = sum(lengths) if whole else _quoted(counts)
         return f"its run lengths must be at least 0 and sum to {height} x {width} = {height * width}, got {total}"
+    if not any(lengths[1::2]):
+        return f"its run lengths must have a pixel of the object, got none in {_quoted(counts)}"
     return None
 
 
-def _polygons_complaint(polygons: list[Any]) -> str | None:
+def _polygons_complaint(polygons: list[Any], height: int, width: int) -> str | None:
+    """Looks at the bounds of polygons alone: to draw those of COCO would take minutes."""
     if not polygons:
         return "segmentation must be at least one polygon, got none"
+    is_seen = False
     for polygon in polygons:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not _is_finite(polygon):
             return f"a polygon must be at least 3 points [x, y, x, y, x, y] of finite numbers, got {_quoted(polygon)}"
+        columns, rows = polygon[0::2], polygon[1::2]
+        left, right, top, bottom = min(columns), max(columns), min(rows), max(rows)
+        # What draws a polygon goes along its sides step by step, however far from the image they are.
+        if left < -width or right > 2 * width or top < -height or bottom > 2 * height:
+            return (
+                f"a polygon must not go further than one image size beyond its image of {width} x {height} pixels "
+                f"(width x height), got x from {left:g} to {right:g} and y from {top:g} to {bottom:g}"
+            )
+        # Parts of an object may be flat or lie outside; not all of them.
+        is_seen |= max(left, 0) < min(right, width) and max(top, 0) < min(bottom, height)
+    if not is_seen:
+        return (
+            f"segmentation must cover some of its image of {width} x {height} pixels (width x height), got polygons "
+            f"that are flat or outside, {_quoted(polygons)}"
+        )
     return None
 
 
@@ -159,7 +186,7 @@ def _read_counts(text: Any) -> list[int]:
 
 def _is_finite(numbers: list[Any]) -> bool:
     try:
-        return isfinite(sum(numbers))
+        return set(map(type, numbers)) <= _NUMBERS and isfinite(sum(numbers))
     except (TypeError, OverflowError):
         return False
 

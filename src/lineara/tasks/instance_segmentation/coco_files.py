@@ -61,6 +61,10 @@ def read_annotations(
         content = _read(path)
         broken = BrokenItems(are_counted=True)
         categories = _checked(path, "category", content["categories"], lambda e: category_complaint(e, num_classes))
+        if not categories:
+            raise ValueError(
+                f"{path} must list at least one category, got none; add those of its objects, or name another file"
+            )
         images = _checked(path, "image", content["images"], image_complaint, broken if skip_broken else None)
         if image_folder is not None:
             images = _present(path, images, Path(image_folder), broken if skip_broken else None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lineara.tasks.instance_segmentation.metrics import Evaluation, as_results, evaluate
 from lineara.tasks.instance_segmentation.predictions import PredictionFolder, statistics_table, write_evaluation
-from lineara.tasks.step_schedule import StepSchedule
+from lineara.tasks.step_schedule import StepSchedule, check_descent
 
 _Batch = dict[str, list[Any]]
 _PLAN = "lineara_plan"
@@ -69,6 +69,10 @@ class InstanceSegmentation(LightningModule):
             )
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold must lie in 0..1, got {score_threshold}")
+        if not reference_batch >= 1:
+            raise ValueError(f"reference_batch must be at least 1 image, got {reference_batch}")
+        check_descent(base_lr=base_lr, momentum=momentum, weight_decay=weight_decay)
+        StepSchedule(1, milestones, gamma, warmup_steps)  # refuses what makes no schedule now, not when the run begins
         _check_num_classes(network, num_classes)
         self.network = network
         self.num_classes = num_classes
@@ -83,8 +87,8 @@ class InstanceSegmentation(LightningModule):
         self.initial_backbone_weights = initial_backbone_weights
         self.score_threshold = score_threshold
         self._results: dict[int, list[dict[str, Any]]] = {}  # of the images seen in this pass over a split
-        self._plan: dict[str, float] = {}
-        self._plan_of_checkpoint: dict[str, float] | None = None
+        self._plan: dict[str, float | str] = {}
+        self._plan_of_checkpoint: dict[str, float | str] | None = None
         self._predictions: PredictionFolder | None = None
 
     def forward(self, batch: _Batch) -> list[dict[str, Tensor]]:
@@ -138,16 +142,25 @@ class InstanceSegmentation(LightningModule):
         optimizer = torch.optim.SGD(trained, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay)
         steps_per_epoch = self._steps_per_epoch()
         total_steps = self.trainer.estimated_stepping_batches
-        if not 0 <= self.warmup_steps < total_steps and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.warmup_steps >= total_steps and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ValueError(
-                f"warmup_steps must be at least 0 and below the run's {total_steps} steps, got {self.warmup_steps}; "
+                f"warmup_steps must be below the run's {total_steps} steps, got {self.warmup_steps}; "
                 "set --model.init_args.warmup_steps or --trainer.max_epochs"
             )
-        self._plan = {"learning rate": lr, "images per step": images_per_step, "steps per epoch": steps_per_epoch}
+        self._plan = {
+            "learning rate": lr,
+            "images per step": images_per_step,
+            "steps per epoch": steps_per_epoch,
+            "milestones": str(list(self.milestones)),
+            "gamma": self.gamma,
+            "warmup_steps": self.warmup_steps,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+        }
         if self.trainer.ckpt_path is not None and self._plan_of_checkpoint not in (None, self._plan):
             raise ValueError(
                 f"a resumed run must keep its schedule, got {_listed(self._plan)} but it was begun with "
-                f"{_listed(self._plan_of_checkpoint or {})}; set base_lr, the batch and the devices as they were, or "
+                f"{_listed(self._plan_of_checkpoint or {})}; set them, the batch and the devices as they were, or "
                 "begin a new run"
             )
         factor = StepSchedule(steps_per_epoch, self.milestones, self.gamma, self.warmup_steps)
@@ -268,5 +281,7 @@ def _flat(results: Mapping[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [result for image_id in sorted(results) for result in results[image_id]]
 
 
-def _listed(plan: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in plan.items())
+def _listed(plan: Mapping[str, float | str]) -> str:
+    return ", ".join(
+        f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in plan.items()
+    )
