@@ -196,17 +196,14 @@ def _leave_out_advice() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     warnings.formatwarning = lambda message, *_, **__: f"lineara: warning: {message}\n"
     for message in (
-        ".*does not have many workers.*",
-        ".*dataloader is not resumable.*",
-        ".*LeafSpec.*",
-        ".*exists and is not empty.*",
-        ".*lr_scheduler.step.*",
-        ".*in eval mode at the start of training.*",
+        *(".*does not have many workers.*", ".*dataloader is not resumable.*", ".*LeafSpec.*", ".*lr_scheduler.step.*"),
+        *(".*exists and is not empty.*", ".*in eval mode at the start of training.*", "The dirpath has changed.*"),
     ):
         warnings.filterwarnings("ignore", message)
 
 
 def _data(name: str, words: list[str]) -> None:
+    _leave_out_advice()
     drawer, kind, _ = _SETS[name]
     kind = getattr(import_module(f"lineara.tasks.{drawer}"), kind)
     import jsonargparse  # after lineara.tasks, which says which extra is missing

@@ -206,3 +206,26 @@ def test_impossible_options_are_refused(options, message):
 def test_views_of_another_shape_are_refused(left, right):
     with pytest.raises(ValueError, match=r"^left and right must both have the shape \(batch, 3, height, width\), got"):
         PSMNet(16, **SMALL)(torch.zeros(left), torch.zeros(right))
+
+
+def test_a_single_pair_of_training_must_have_more_than_one_value_per_channel():
+    network = PSMNet(16, **SMALL)
+    sentence = (
+        r"^in training the batch must hold at least 2 pairs, or crops higher or wider than 496 pixels, got 1 pair of "
+        r"496 x 32 with its padding; set a larger batch size or crop size$"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        network(*views(496, 17, batch=1))
+    assert len(network(*views(497, 17, batch=1))) == 3
+    assert len(network(*views(32, 17, batch=2))) == 3
+    assert network.eval()(*views(32, 17, batch=1)).shape == (1, 32, 17)
+    # With fixed statistics one value is enough.
+    for module in network.train().modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+            module.eval()
+    assert len(network(*views(32, 17, batch=1))) == 3
+
+
+def test_normalisation_over_several_processes_is_left_to_them():
+    network = nn.SyncBatchNorm.convert_sync_batchnorm(PSMNet(16, **SMALL))
+    network.features.check_normalisable(1, 32, 32)

@@ -86,7 +86,7 @@ class PSMNet(nn.Module):
             last one the best.
 
         Raises:
-            ValueError: for inputs of another shape, or of two.
+            ValueError: for inputs of another shape, or of two; in training for a single pair that is too small.
         """
         if left.dim() != 4 or left.shape[1] != 3 or left.shape != right.shape:
             raise ValueError(
@@ -95,6 +95,7 @@ class PSMNet(nn.Module):
             )
         height, width = left.shape[2:]
         above, beside = -height % _MULTIPLE, -width % _MULTIPLE
+        self.features.check_normalisable(len(left), height + above, width + beside)
         left, right = (pad(view, (0, beside, above, 0)) for view in (left, right))
         levels = _MULTIPLE // 4 * math.ceil(self.max_disparity / _MULTIPLE)
         volume = cost_volume(self.features(left), self.features(right), levels)
@@ -151,6 +152,17 @@ class FeaturePyramid(nn.Module):
         )
         self.branches = nn.ModuleList(nn.Sequential(*block2d(4 * c, c, kernel=1), nn.ReLU()) for _ in self._WINDOWS)
         self.fusion = nn.Sequential(*block2d(10 * c, 4 * c), nn.ReLU(), nn.Conv2d(4 * c, c, 1, bias=False))
+
+    def check_normalisable(self, batch: int, height: int, width: int) -> None:
+        """Refuse a single image of training that the largest window covers: one value has no deviation."""
+        least = 2 * 4 * max(self._WINDOWS)  # pixels of the image: from there on two windows fit
+        # Not of SyncBatchNorm, which other processes give more values.
+        norms = [module for module in self.branches.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
+        if norms and batch == 1 and max(height, width) < least:
+            raise ValueError(
+                f"in training the batch must hold at least 2 pairs, or crops higher or wider than {least - _MULTIPLE} "
+                f"pixels, got 1 pair of {height} x {width} with its padding; set a larger batch size or crop size"
+            )
 
     def forward(self, image: Tensor) -> Tensor:
         quarter = self.group2(self.group1(self.stem(image)))  # (B, 2C, height / 4, width / 4)

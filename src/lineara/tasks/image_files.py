@@ -20,7 +20,7 @@ except ImportError as error:
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 # What Pillow raises on damaged files, and on one that asks for too much memory.
-_DAMAGE = (
+DAMAGE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -50,7 +50,7 @@ def read_image(path: Path | str) -> Image.Image:
         # Pillow warns of damaged notes and of transparency, of which nothing is used here; damaged pixels raise.
         with warnings.catch_warnings(action="ignore", category=UserWarning), Image.open(path) as image:
             return _as_colours(image)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         reason = "no image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else _words(error)
         raise BrokenImageError(f"{path} must be an image that can be read, got {reason}") from error
 

@@ -107,6 +107,7 @@ def copied(folder, tmp_path):
     for name, content in contents(folder).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
+    (tmp_path / ".lock").touch()
     return tmp_path
 
 
@@ -138,6 +139,37 @@ def test_another_version_is_reported_and_written_again(folder, copied):
     with pytest.warns(RuntimeWarning, match=r"test\.json must be of version 1; writing"):
         prepare_coins(copied)
     assert contents(copied) == contents(folder)
+
+
+@pytest.mark.parametrize("name", ["annotations/val.json", "images/train.png"])
+def test_files_of_something_else_are_refused_and_kept(tmp_path, name):
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(b"something else")
+    for _ in range(2):  # the first refusal leaves nothing that lets the second one pass
+        with pytest.raises(
+            ValueError, match=rf"^data_root must be an empty folder or .*, got \S+ with {name} of something else; name"
+        ):
+            prepare_coins(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+    assert (tmp_path / name).read_bytes() == b"something else"
+
+
+def test_other_files_and_folders_stay(folder, tmp_path):
+    others = [
+        "images/.train-a.png",
+        "images/.other-abcdefgh.png",
+        "annotations/.my-notes.json",
+        "images/photograph.png",
+    ]
+    for name in others:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"theirs")
+    (tmp_path / "images/.val-abcdefgh.png").mkdir()
+    (tmp_path / "annotations/.test-abcdefgh.json").write_bytes(b"part")
+    prepare_coins(tmp_path)
+    assert contents(tmp_path) == contents(folder)
+    kept = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert kept == {".lock", "images", "annotations", "images/.val-abcdefgh.png", *others, *FILES}
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

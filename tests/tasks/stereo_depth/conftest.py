@@ -1,5 +1,7 @@
 """Tiny sets in the forms of Scene Flow, KITTI, Middlebury and ETH3D, which tests write and damage as they like."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +99,13 @@ def plain(tensor):
 def make():
     """The functions above, by their names."""
     return type("Make", (), {name: staticmethod(value) for name, value in globals().items() if callable(value)})
+
+
+@pytest.fixture(params=[struct.error, zlib.error, IndexError, EOFError, Image.DecompressionBombError])
+def opens_damaged(request, monkeypatch):
+    """From its call on, every image fails to open as damaged ones do in Pillow."""
+
+    def fail(*_, **__):
+        raise request.param("damage")
+
+    return lambda: monkeypatch.setattr(Image, "open", fail)

@@ -106,6 +106,9 @@ class Recorder(LightningModule):
     def validation_step(self, batch, batch_index):
         raise AssertionError("no validation was asked for")
 
+    def test_step(self, batch, batch_index):
+        pass
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
@@ -125,6 +128,15 @@ def test_a_resumed_run_goes_on_with_the_next_batch_and_its_changes(tmp_path, sto
     assert whole[:7] != whole[7:14]
     begun = train(tmp_path / "begun", stop)
     assert begun + train(tmp_path / "begun", 17, resume=tmp_path / "begun" / f"step={stop}.ckpt") == whole
+
+
+def test_a_resumed_run_keeps_its_seed_and_a_test_needs_none(tmp_path):
+    train(tmp_path, 3)
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    resumed = {"ckpt_path": tmp_path / "step=3.ckpt", "weights_only": True}
+    with pytest.raises(ValueError, match=r"^a resumed run must keep its shuffle_seed, got 8 but it was begun with \d;"):
+        Trainer(max_steps=5, callbacks=[keep], **SILENT).fit(Recorder(), FewData(shuffle_seed=8), **resumed)
+    Trainer(callbacks=[keep], **SILENT).test(Recorder(), FewData(shuffle_seed=8), verbose=False, **resumed)
 
 
 class Predictor(LightningModule):

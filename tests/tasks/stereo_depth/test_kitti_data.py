@@ -130,6 +130,12 @@ def test_a_damaged_truth_is_refused(tmp_path, make):
         data(root).frames("train").read(0)
 
 
+def test_a_truth_that_is_damaged_in_other_ways_is_refused(opens_damaged):
+    opens_damaged()
+    with pytest.raises(ValueError, match=r"^truth\.png must be an image that can be read, got damage$"):
+        read_kitti_truth("truth.png")
+
+
 def test_options_that_cannot_be_are_refused(tmp_path, make):
     for wrong, sentence in (
         ({"year": 2013}, "year must be 2012 or 2015, got 2013"),

@@ -143,6 +143,14 @@ def test_a_damaged_mask_is_refused(tmp_path, make):
         data.frames("val").read(0)
 
 
+def test_a_mask_that_is_damaged_in_other_ways_is_refused(tmp_path, make, opens_damaged):
+    data = MiddleburyData(str(middlebury(tmp_path, make, mask=True)), pixels="visible", **SMALL)
+    frames = data.frames("val")
+    opens_damaged()
+    with pytest.raises(ValueError, match=r"mask0nocc\.png must be an image that can be read, got damage$"):
+        frames.read_mask("mask0nocc.png")
+
+
 def test_options_that_cannot_be_are_refused():
     for kind in (MiddleburyData, ETH3DData):
         with pytest.raises(ValueError, match=r"^pixels must be all or visible, got some$"):

@@ -132,6 +132,9 @@ def test_without_other_images_the_pair_itself_is_predicted(root, tmp_path, make)
     assert (batch["name"], "calibration" in batch) == (["one"], False)
     with pytest.raises(ValueError, match=r"^predict_left and predict_right must be two images or two folders"):
         MotorcycleData(root, predict_left=str(tmp_path / "one.png")).setup("predict")
+    # A calibration alone is not ignored: the pair itself has its own.
+    with pytest.raises(ValueError, match=r"^predict_left and predict_right must be two images or two folders"):
+        MotorcycleData(root, predict_calibration=str(tmp_path / "calib.txt")).setup("predict")
 
 
 def test_trivial_answers_know_the_training_part_alone(root, whole, monkeypatch):

@@ -1,8 +1,7 @@
 """The motorcycle: its files are scikit-image's, and whole however they were written."""
 
 import fcntl
-import os
-import signal
+import subprocess
 import sys
 import time
 
@@ -33,6 +32,7 @@ def contents(folder):
 def copied(folder, tmp_path):
     for name, content in contents(folder).items():
         (tmp_path / name).write_bytes(content)
+    (tmp_path / ".lock").touch()
     return tmp_path
 
 
@@ -99,6 +99,30 @@ def test_files_of_another_size_are_reported_and_written_again(folder, copied, ma
     assert contents(copied) == contents(folder)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_something_else_are_refused_and_kept(tmp_path, name):
+    (tmp_path / name).write_bytes(b"something else")
+    for _ in range(2):  # the first refusal leaves nothing that lets the second one pass
+        with pytest.raises(
+            ValueError,
+            match=rf"^data_root must be an empty folder or .*, got \S+ with a {name} of something else; name",
+        ):
+            prepare_motorcycle(tmp_path)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"something else")]
+
+
+def test_other_files_and_folders_stay(folder, tmp_path):
+    others = [".left-a.png", ".other-abcdefgh.png", ".left-abcdefgh.txt", ".my-notes.txt", "photograph.png"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"theirs")
+    (tmp_path / ".left-abcdefgh.png").mkdir()
+    (tmp_path / ".calib-abcdefgh.txt").write_bytes(b"part")
+    prepare_motorcycle(tmp_path)
+    assert contents(tmp_path) == contents(folder)
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {".lock", ".left-abcdefgh.png", *others, *FILES}
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "motorcycle").write_text("in the way")
     with pytest.raises(
@@ -114,74 +138,70 @@ def test_without_scikit_image_the_extra_is_named(tmp_path, folder, monkeypatch):
     prepare_motorcycle(folder)  # it is there
 
 
-def forked(do):
-    """A process that does this and nothing else; quicker than a fresh one, which would import torch."""
-    child = os.fork()
-    if child == 0:
-        try:
-            do()
-        finally:
-            os._exit(1)  # unless `do` has left by itself
-    return child
+PREPARE = """
+import sys
+from pathlib import Path
+from lineara.tasks.stereo_depth.motorcycle_files import prepare_motorcycle
+"""
+HANG = """
+import time
+from PIL import Image
+save = Image.Image.save
+
+def save_or_hang(image, path, **options):
+    if "right" not in path.name:
+        return save(image, path, **options)
+    path.write_bytes(b"part")
+    print("hangs", flush=True)
+    time.sleep(99)
+
+Image.Image.save = save_or_hang
+"""
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def preparing(folder, before=""):
+    """A process that prepares the folder once it is told to, by a line on its standard input."""
+    code = f"{PREPARE}{before}\nprint('ready', flush=True)\nsys.stdin.readline()\nprepare_motorcycle(Path(sys.argv[1]))"
+    words = [sys.executable, "-c", code, str(folder)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def begin(process):
+    assert process.stdout.readline() == "ready\n"
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
 def test_processes_that_prepare_the_same_folder_agree(folder, tmp_path):
-    begin, end = os.pipe()
-
-    def prepare():
-        os.read(begin, 1)  # all at once
-        prepare_motorcycle(tmp_path)
-        os._exit(0)
-
-    children = [forked(prepare) for _ in range(3)]
-    os.write(end, b"now")
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    os.close(begin)
-    os.close(end)
+    processes = [preparing(tmp_path) for _ in range(2)]
+    for process in processes:
+        begin(process)
+    for process in processes:
+        process.communicate(timeout=60)
+    assert [process.returncode for process in processes] == [0, 0]
     assert contents(tmp_path) == contents(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".lock", *FILES])
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_process_waits_for_another_that_prepares_the_folder(folder, tmp_path):
-    def prepare():
-        prepare_motorcycle(tmp_path)
-        os._exit(0)
-
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        child = forked(prepare)
+        process = preparing(tmp_path)
+        begin(process)
         time.sleep(0.7)  # a process that does not wait has written something by then
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
         fcntl.flock(lock, fcntl.LOCK_UN)
-    assert os.waitpid(child, 0)[1] == 0
+    process.communicate(timeout=60)
+    assert process.returncode == 0
     assert contents(tmp_path) == contents(folder)
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_after_a_kill_in_the_middle_the_set_becomes_whole_and_nothing_is_left_over(folder, tmp_path):
-    begin, end = os.pipe()
-
-    def hang():
-        save = Image.Image.save
-
-        def save_or_hang(image, path, **options):
-            if "right" not in path.name:
-                return save(image, path, **options)
-            path.write_bytes(b"part")
-            os.write(end, b"!")
-            return time.sleep(99)
-
-        Image.Image.save = save_or_hang
-        prepare_motorcycle(tmp_path)
-
-    child = forked(hang)
-    assert os.read(begin, 1) == b"!"
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(begin)
-    os.close(end)
+    process = preparing(tmp_path, before=HANG)
+    begin(process)
+    assert process.stdout.readline() == "hangs\n"
+    process.kill()
+    process.communicate(timeout=60)
     assert (tmp_path / "left.png").is_file()
     assert not (tmp_path / "right.png").exists()
     assert len(list(tmp_path.glob(".right-*"))) == 1

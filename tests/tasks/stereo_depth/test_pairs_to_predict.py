@@ -75,6 +75,8 @@ def test_middleburys_calibration(tmp_path):
     assert read_calibration(path) == pytest.approx(expected)
     path.write_text(ADIRONDACK.replace("\n", "\r\n").replace("=", " = ").replace("doffs", "ignored"))
     assert read_calibration(str(path)) == pytest.approx(expected | {"doffs": 0})
+    path.write_text(ADIRONDACK, encoding="utf-8-sig")
+    assert read_calibration(path) == pytest.approx(expected)
     path.write_text("cam0=[1.5e3 0 3 ; 0 1 4; 0 0 1]\nbaseline=5e1\ndoffs=-3\n")
     assert read_calibration(path) == pytest.approx({"focal_length": 1500, "baseline": 0.05, "doffs": -3})
 

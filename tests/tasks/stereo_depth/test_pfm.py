@@ -65,6 +65,13 @@ def test_torchvision_reads_what_is_written(tmp_path):
     assert np.array_equal(read_pfm(tmp_path / "doubles.pfm"), values)
 
 
+@pytest.mark.parametrize("end", [b"\n", b" \n", b" \t\r\n", b" "])
+def test_blanks_behind_the_scale_are_no_values(tmp_path, end):
+    values = np.frombuffer(b" \t\t " * 6, "<f4").reshape(2, 3)  # values that begin like blanks stay whole
+    (tmp_path / "map.pfm").write_bytes(b"Pf\n3 2\n-1" + end + values.tobytes())
+    assert np.array_equal(read_pfm(tmp_path / "map.pfm"), values)
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -72,6 +79,7 @@ def test_torchvision_reads_what_is_written(tmp_path):
         (b"P5\n3 2\n255\n123456", r"must begin as a portable float map does, .* got b'P5.*'"),
         (b"Pf\n3 2\n", r"must begin as a portable float map does, .*"),
         (b"Pf\n3 two\n-1\n", r"must have numbers for width, height and scale, got '3 two -1'"),
+        (b"Pf\n0_3 2\n-1\n" + bytes(24), r"must have numbers for width, height and scale, got '0_3 2 -1'"),
         (b"Pf\n3.5 2\n-1\n", r"must have numbers for width, height and scale, got '3\.5 2 -1'"),
         (b"Pf\n3 2\nlittle\n", r"must have numbers for width, height and scale, got '3 2 little'"),
         (b"Pf\n\xff 2\n-1\n", r"must have numbers for width, height and scale, got .*"),

@@ -37,6 +37,20 @@ def test_depths_are_written_where_the_cameras_are_known(tmp_path):
     np.testing.assert_allclose(read_pfm(tmp_path / "street_depth.pfm"), expected, rtol=1e-6)
 
 
+def test_a_depth_of_an_earlier_run_does_not_stay_beside_other_disparities(tmp_path):
+    for calibration in (Calibration(1000.0, 0.5), None):
+        PredictionFolder(tmp_path).add(a_map(), name="street", calibration=calibration)
+    assert names_in(tmp_path) == ["street.pfm", "street.png"]
+
+
+def test_a_folder_without_maps_is_refused(tmp_path):
+    folder = PredictionFolder(tmp_path)
+    with pytest.raises(ValueError, match=r"^predict must be given a pair that can be read, got none; see the warnings"):
+        folder.check_not_empty()
+    folder.add(a_map(), name="street")
+    folder.check_not_empty()
+
+
 def test_depths_by_hand():
     disparity = torch.tensor([[20.0, 10.0, 0.0, -1.0, math.nan, math.inf]])
     metres = depth(disparity, Calibration(focal_length=1000.0, baseline=0.5))

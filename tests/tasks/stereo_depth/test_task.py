@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from lineara.models import PSMNet
 from lineara.nn import EfficientAttention3d
 from lineara.tasks.stereo_depth import StereoDepth
+from lineara.tasks.stereo_depth.batches import FrameLoader, PairsToPredict
 from lineara.tasks.stereo_depth.metrics import PROTOCOLS, StereoScores
 from lineara.tasks.stereo_depth.pfm import read_pfm
 from lineara.tasks.training import TrainingCommand, load_run
@@ -308,6 +309,11 @@ def test_one_cycle_refuses_a_run_without_end(tmp_path):
         ({"warmup_share": -0.1}, "warmup_share must be from 0 to below 1, got -0.1"),
         ({"peak_lr": 0.0}, "peak_lr must be a number above 0, got 0.0"),
         ({"peak_lr": math.nan}, "peak_lr must be a number above 0, got nan"),
+        ({"gamma": 0.0}, "gamma must be a finite number above 0, got 0.0"),
+        ({"gamma": math.nan}, "gamma must be a finite number above 0, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0, got -0.1"),
+        ({"weight_decay": math.nan}, "weight_decay must be a finite number of at least 0, got nan"),
+        ({"weight_decay": math.inf}, "weight_decay must be a finite number of at least 0, got inf"),
         ({"loss_weights": ()}, r"loss_weights must be numbers of at least 0, not all 0, got \[\]"),
         ({"loss_weights": (0.0, 0.0)}, r"loss_weights must be .*, not all 0, got \[0.0, 0.0\]"),
         ({"loss_weights": (1.0, -1.0)}, r"loss_weights must be .*, not all 0, got \[1.0, -1.0\]"),
@@ -461,6 +467,17 @@ def test_every_pair_gets_its_files(tmp_path, capsys):
     assert f"predictions: {folder}" in capsys.readouterr().out
 
 
+def test_predictions_of_which_no_pair_can_be_read_fail(tmp_path):
+    class Broken(Pairs):
+        def predict_dataloader(self):
+            pairs = PairsToPredict([("a", tmp_path / "l.png", tmp_path / "r.png")])
+            return FrameLoader(pairs, sampler=[[(0, 0)]], batch_size=None)
+
+    sentence = r"^predict must be given a pair that can be read, got none; see the warnings above$"
+    with pytest.warns(RuntimeWarning, match="left out: "), pytest.raises(ValueError, match=sentence):
+        make_trainer(tmp_path).predict(make_task(), Broken())
+
+
 def test_predictions_are_made_on_one_device(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "world_size", 2)
     with pytest.raises(ValueError, match=r"^predict must run on one device, got 2; call it with --trainer\.devices 1"):
@@ -509,11 +526,14 @@ FALLS = {"schedule": "steps", "milestones": [2]}
         ({}, {"weight_decay": 0.5}, "weight_decay 0.5, .* begun with .*weight_decay 0,"),
         ({}, {"optimizer": "adamw"}, "optimizer adamw, .* begun with optimizer adam,"),
         ({}, CYCLE, "schedule one_cycle, .* begun with .*schedule constant,"),
-        ({}, {"batch_size": 3}, "pairs per step 3 .* begun with .*pairs per step 2;"),
+        ({}, {"batch_size": 3}, "pairs per step 3, .* begun with .*pairs per step 2,"),
+        ({}, {"num_train": 7}, "steps per epoch 4 .* begun with .*steps per epoch 6;"),
+        (CYCLE, {"num_train": 7, "max_epochs": 3}, "steps per epoch 4, .* begun with .*steps per epoch 6,"),
+        ({}, {"loss_weights": (1, 1, 1)}, r"loss_weights \[1, 1, 1\], .* begun with .*loss_weights \[0.5, 0.7, 1.0\],"),
         (CYCLE, {"max_epochs": 5}, "steps 30, .* begun with .*steps 12,"),
         (CYCLE, {"warmup_share": 0.5}, "warmup_share 0.5 .* begun with .*warmup_share 0.25;"),
         (FALLS, {"milestones": [3]}, r"milestones \[3\], .* begun with .*milestones \[2\],"),
-        (FALLS, {"gamma": 0.5}, "gamma 0.5, .* begun with .*gamma 0.1,"),
+        (FALLS, {"gamma": 0.5}, "gamma 0.5 .* begun with .*gamma 0.1;"),
     ],
     ids=str,
 )
@@ -522,7 +542,8 @@ def test_a_resumed_run_must_keep_its_schedule(tmp_path, begun, changed, said):
     trainer.fit(make_task(**begun), Pairs())
     trainer.save_checkpoint(tmp_path / "some.ckpt")
     changed = dict(changed)
-    data, epochs = Pairs(batch_size=changed.pop("batch_size", 2)), changed.pop("max_epochs", 2)
+    data = Pairs(batch_size=changed.pop("batch_size", 2), num_train=changed.pop("num_train", 11))
+    epochs = changed.pop("max_epochs", 2)
     with pytest.raises(ValueError, match=f"^a resumed run must keep its schedule, got .*{said}"):
         make_trainer(tmp_path, max_epochs=epochs).fit(
             make_task(**{**begun, **changed}), data, ckpt_path=tmp_path / "some.ckpt", weights_only=True

@@ -46,10 +46,12 @@ def prepare_coins(folder: Path | str) -> None:
     Raises:
         ImportError: scikit-image is not installed.
         OSError: the folder cannot be written.
+        ValueError: it holds a file of such a name that is something else's.
     """
     folder = Path(folder)
     if _is_current(folder):
         return
+    _check_ours(folder)
     with alone_in(folder):
         if not _is_current(folder, warn=True):  # another process may have written it meanwhile
             _write(folder)
@@ -88,11 +90,10 @@ def _row_and_left(coin: Mask) -> tuple[int, int]:
 
 
 def _write(folder: Path) -> None:
-    for leftover in (
-        *folder.glob("images/.*.png"),
-        *folder.glob("annotations/.*.json"),
-    ):  # of a process that was killed
-        leftover.unlink()
+    for file in _files(folder):
+        for leftover in file.parent.glob(f".{file.stem}-????????{file.suffix}"):  # of a process that was killed
+            if leftover.is_file():
+                leftover.unlink()
     photograph, masks = coins()
     for split, (first, end) in _ROWS.items():
         strip = photograph[first:end]
@@ -126,6 +127,20 @@ def _annotation(number: int, mask: Mask) -> dict[str, Any]:
 
 def _annotation_file(folder: Path, split: str) -> Path:
     return folder / "annotations" / f"{split}.json"
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for split in _ROWS for file in (folder / "images" / f"{split}.png", _annotation_file(folder, split))]
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse files that would be overwritten in a folder that was never prepared, which leaves a lock first."""
+    foreign = [file.relative_to(folder) for file in _files(folder) if file.exists()]
+    if foreign and not (folder / ".lock").exists():
+        raise ValueError(
+            f"data_root must be an empty folder or one that holds the coins, got {folder} with {foreign[0]} of "
+            "something else; name another one"
+        )
 
 
 def _is_current(folder: Path, *, warn: bool = False) -> bool:

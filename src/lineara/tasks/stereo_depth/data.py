@@ -80,6 +80,7 @@ class StereoData(LightningDataModule):
         self._frames: dict[str, Frames] = {}
         self._pairs: PairsToPredict | None = None
         self._batches_done = 0
+        self._seed_of_checkpoint: int | None = None
 
     @abstractmethod
     def read(self, split: str) -> Frames:
@@ -119,6 +120,11 @@ class StereoData(LightningDataModule):
         return PairsToPredict(pairs, calibration)
 
     def train_dataloader(self) -> FrameLoader:
+        if self._seed_of_checkpoint not in (None, self.shuffle_seed):
+            raise ValueError(
+                f"a resumed run must keep its shuffle_seed, got {self.shuffle_seed} but it was begun with "
+                f"{self._seed_of_checkpoint}; set --data.shuffle_seed, or begin a new run"
+            )
         start, self._batches_done = self._batches_done, 0
         frames = FrameBatches(
             self.frames("train"),
@@ -146,13 +152,15 @@ class StereoData(LightningDataModule):
             yield f"{split}: {_described(self.frames(split))}"
 
     def state_dict(self) -> dict[str, Any]:
-        """How far into the epoch a checkpoint is, so that a resumed run goes on with the next batch."""
+        """The seed, and how far into the epoch a checkpoint is, so that a resumed run goes on with the next batch."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return {"batches_done": progress.ready % int(self.trainer.num_training_batches)}
+        done = progress.ready % int(self.trainer.num_training_batches)
+        return {"batches_done": done, "shuffle_seed": self.shuffle_seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._batches_done = state_dict["batches_done"]
+        self._seed_of_checkpoint = state_dict.get("shuffle_seed")  # refused by training alone: a test reads it too
 
     def _check_training(self) -> None:
         number = len(self.frames("train")) * self.training_repeats()

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from PIL import Image
 
-from lineara.tasks.image_files import BrokenImageError
+from lineara.tasks.image_files import DAMAGE, BrokenImageError
 from lineara.tasks.stereo_depth.data import CROPPED, StereoData
 from lineara.tasks.stereo_depth.frames import FileFrames, Truth, matched
 from lineara.tasks.stereo_depth.transforms import Augmentation
@@ -145,7 +145,7 @@ def read_kitti_truth(path: str) -> Truth:
         raise
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} must be an image of disparities, got no such file") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except DAMAGE as error:
         raise BrokenImageError(f"{path} must be an image that can be read, got {_words(error)}") from error
     return np.where(values > 0, values / _PER_PIXEL, np.nan).astype(np.float32)
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lineara.tasks.image_files import BrokenImageError
+from lineara.tasks.image_files import DAMAGE, BrokenImageError
 from lineara.tasks.stereo_depth.data import CROPPED, StereoData
 from lineara.tasks.stereo_depth.frames import FileFrames, FrameFiles, read_float_truth
 from lineara.tasks.stereo_depth.transforms import Augmentation
@@ -226,7 +226,7 @@ def _read_mask(path: str) -> npt.NDArray[np.bool_]:
             return np.array(image.convert("L")) == _VISIBLE
     except BrokenImageError:
         raise
-    except (OSError, SyntaxError, ValueError) as error:
+    except DAMAGE as error:
         raise BrokenImageError(
             f"{path} must be an image that can be read, got {' '.join(str(error).split())}"
         ) from error

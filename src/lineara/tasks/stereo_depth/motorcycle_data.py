@@ -31,8 +31,8 @@ class MotorcycleData(StereoData):
     trained on, 448 to 575 validate and 576 to 740 test. A pixel that is scored is in no left view of training. Both
     views are cut at the same columns. Validation and testing see 64 more columns at the left of their part, which is
     more than any disparity, so that every pixel that counts has its partner within the right view unless it is hidden;
-    those columns are not valid, so that they are not scored. The right view of training, whose last columns show what
-    is up to 60 columns further right in the left view, ends before it would show any of the test.
+    those columns are not valid, so that they are not scored. The last columns of training's right view show what is up
+    to 60 columns further right in the left view: partners of some pixels of validation, but of none of the test.
 
     Args:
         data_root: folder of the set, which is written there unless it is there.
@@ -82,7 +82,7 @@ class MotorcycleData(StereoData):
         return _Part([f"motorcycle_{split}"], _part(read_motorcycle(self.data_root), split))
 
     def read_pairs(self) -> PairsToPredict:
-        if self.predict_left is not None or self.predict_right is not None:
+        if any(given is not None for given in (self.predict_left, self.predict_right, self.predict_calibration)):
             return super().read_pairs()
         left, right, calibration = motorcycle_paths(self.data_root)
         return PairsToPredict([("motorcycle", left, right)], read_calibration(calibration))

@@ -18,6 +18,7 @@ from lineara.tasks.stereo_depth.pfm import write_pfm
 _IMAGES = ("left.png", "right.png")
 _TRUTH = "disparity.pfm"
 _CALIBRATION = "calib.txt"
+_FILES = (*_IMAGES, _TRUTH, _CALIBRATION)
 _SIZE = (500, 741)
 # As scikit-image's documentation states it; the right camera's principal point lies 31.086 pixels further right.
 _CALIBRATION_TEXT = """\
@@ -42,10 +43,12 @@ def prepare_motorcycle(folder: Path | str) -> None:
     Raises:
         ImportError: scikit-image is not installed.
         OSError: the folder cannot be written.
+        ValueError: it holds a file of such a name that is something else's.
     """
     folder = Path(folder)
     if _is_current(folder):
         return
+    _check_ours(folder)
     with alone_in(folder):
         if not _is_current(folder, warn=True):  # another process may have written it meanwhile
             _write(folder)
@@ -80,8 +83,10 @@ def _write(folder: Path) -> None:
             "the photographs of a motorcycle need scikit-image, which is not installed; install it with: "
             "pip install 'lineara[train,vision]'"
         ) from error
-    for leftover in folder.glob(".*-*.*"):  # of a process that was killed
-        leftover.unlink()
+    for name in map(Path, _FILES):
+        for leftover in folder.glob(f".{name.stem}-????????{name.suffix}"):  # of a process that was killed
+            if leftover.is_file():
+                leftover.unlink()
     *views, disparity = data.stereo_motorcycle()
     for name, view in zip(_IMAGES, views):
         with written_whole(folder / name) as temporary:
@@ -90,9 +95,19 @@ def _write(folder: Path) -> None:
     write_text(folder / _CALIBRATION, _CALIBRATION_TEXT)
 
 
+def _check_ours(folder: Path) -> None:
+    """Refuse files that would be overwritten in a folder that was never prepared, which leaves a lock first."""
+    foreign = [name for name in _FILES if (folder / name).exists()]
+    if foreign and not (folder / ".lock").exists():
+        raise ValueError(
+            f"data_root must be an empty folder or one that holds the motorcycle, got {folder} with a {foreign[0]} of "
+            "something else; name another one"
+        )
+
+
 def _is_current(folder: Path, *, warn: bool = False) -> bool:
     """Whether all files are there and whole."""
-    if not all((folder / name).is_file() for name in (*_IMAGES, _TRUTH, _CALIBRATION)):
+    if not all((folder / name).is_file() for name in _FILES):
         return False
     try:
         read_motorcycle(folder)

@@ -53,7 +53,7 @@ def read_calibration(path: Path | str) -> dict[str, float]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} must be a calibration file, got no such file; name another one") from None
     except OSError as error:

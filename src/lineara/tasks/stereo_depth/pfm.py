@@ -43,6 +43,9 @@ def read_pfm(path: Path | str, *, channels: int | None = None) -> npt.NDArray[np
                 raise ValueError(f"{path} must have {_counted(channels or 1)}, got {_counted(found)}")
             # Before anything is read: a damaged header may ask for more memory than there is.
             needed = height * width * found * 4
+            beyond = start[offset : max(offset, size - needed)]
+            if start[offset - 1 : offset] in (b" ", b"\t") and beyond.endswith(b"\n") and not beyond.strip():
+                offset += len(beyond)  # blanks behind the scale, not values that begin like them
             if size - offset != needed:
                 raise ValueError(
                     f"{path} must hold {height} x {width} values of {_counted(found)}, {needed:,} bytes, as its header "
@@ -85,6 +88,8 @@ def _header(path: Path, start: bytes) -> tuple[bytes, int, int, str, int]:
         )
     form, *numbers, _ = match.groups()
     try:
+        if b"_" in b"".join(numbers):  # which Python's own numbers may have
+            raise ValueError
         width, height, scale = int(numbers[0]), int(numbers[1]), float(numbers[2])
     except ValueError:
         words = b" ".join(numbers).decode(errors="replace")

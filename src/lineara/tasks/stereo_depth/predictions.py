@@ -84,9 +84,17 @@ class PredictionFolder:
         map_ = disparity.detach().float().cpu()
         write_pfm(path, map_.numpy())
         save_figure(disparity_picture(map_), self.folder / f"{stem}.png")
+        depth_path = self.folder / f"{stem}_depth.pfm"
         if calibration is not None:
-            write_pfm(self.folder / f"{stem}_depth.pfm", depth(map_, calibration).numpy())
+            write_pfm(depth_path, depth(map_, calibration).numpy())
+        else:
+            depth_path.unlink(missing_ok=True)  # of an earlier run: it would not belong to these disparities
         return path
+
+    def check_not_empty(self) -> None:
+        """Raise unless a map has been added."""
+        if not self._taken:
+            raise ValueError("predict must be given a pair that can be read, got none; see the warnings above")
 
     def _free_name(self, stem: str) -> str:
         """One whose files no pair before has, in any mixture of capitals: some file systems do not tell them apart."""

@@ -66,8 +66,9 @@ class StereoDepth(LightningModule):
         initial_weights: str | None = None,
     ) -> None:
         super().__init__()
+        StepSchedule(1, milestones, gamma, 0)  # refuses milestones and factors that cannot be
         _check_schedule(optimizer, schedule, milestones, warmup_share)
-        _check_loss(network, max_disparity, peak_lr, loss_weights)
+        _check_loss(network, max_disparity, peak_lr, weight_decay, loss_weights)
         self.network = network
         self.max_disparity = max_disparity
         self.peak_lr = peak_lr
@@ -162,20 +163,22 @@ class StereoDepth(LightningModule):
 
     def _planned(self) -> tuple[dict[str, float | str], Callable[[int], float] | None]:
         """What a resumed run must keep, and what the learning rate is multiplied by; None where it is constant."""
-        pairs = self._data().batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        self.trainer.fit_loop.setup_data()  # counts the batches, unless they have been counted
+        total_steps = self.trainer.estimated_stepping_batches
+        steps = ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         plan: dict[str, float | str] = {
             "optimizer": self.optimizer,
             "peak_lr": self.peak_lr,
             "weight_decay": self.weight_decay,
+            "loss_weights": str(list(self.loss_weights)),
             "schedule": self.schedule,
-            "pairs per step": pairs,
+            "pairs per step": self._data().batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches,
+            "steps per epoch": steps,
         }
         if self.schedule == "constant":
             return plan, None
-        total_steps = self.trainer.estimated_stepping_batches  # counts the batches, unless they have been counted
         if self.schedule == "steps":
-            steps = ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-            plan |= {"milestones": str(list(self.milestones)), "gamma": self.gamma, "steps per epoch": steps}
+            plan |= {"milestones": str(list(self.milestones)), "gamma": self.gamma}
             return plan, StepSchedule(steps, self.milestones, self.gamma, 0)
         if not isfinite(total_steps):
             raise ValueError(
@@ -255,6 +258,7 @@ class StereoDepth(LightningModule):
 
     def on_predict_end(self) -> None:
         assert self._predictions is not None
+        self._predictions.check_not_empty()
         self.print(f"predictions: {self._predictions.folder}")
         self._predictions = None
 
@@ -266,8 +270,6 @@ def _check_schedule(optimizer: str, schedule: str, milestones: Sequence[int], wa
     for name, value, known in (("optimizer", optimizer, _OPTIMIZERS), ("schedule", schedule, _SCHEDULES)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    if list(milestones) != sorted(set(milestones)) or min(milestones, default=1) < 1:
-        raise ValueError(f"milestones must be epochs from 1, each later than the last, got {list(milestones)}")
     if bool(milestones) != (schedule == "steps"):
         raise ValueError(
             f"milestones must be given for the schedule 'steps' and for no other, got {list(milestones)} for "
@@ -277,9 +279,13 @@ def _check_schedule(optimizer: str, schedule: str, milestones: Sequence[int], wa
         raise ValueError(f"warmup_share must be from 0 to below 1, got {warmup_share}")
 
 
-def _check_loss(network: nn.Module, max_disparity: int, peak_lr: float, loss_weights: Sequence[float]) -> None:
+def _check_loss(
+    network: nn.Module, max_disparity: int, peak_lr: float, weight_decay: float, loss_weights: Sequence[float]
+) -> None:
     if not 0 < peak_lr < float("inf"):
         raise ValueError(f"peak_lr must be a number above 0, got {peak_lr}")
+    if not 0 <= weight_decay < float("inf"):
+        raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay}")
     if not loss_weights or min(loss_weights) < 0 or not 0 < sum(loss_weights) < float("inf"):
         raise ValueError(f"loss_weights must be numbers of at least 0, not all 0, got {list(loss_weights)}")
     own = getattr(network, "max_disparity", max_disparity)
