@@ -42,12 +42,14 @@ PLACES = {
     "fpn5": (256, 13, 21),
 }
 MODULES: dict[str, type[nn.Module]] = {"efficient": EfficientAttention2d, "non-local": NonLocalAttention2d}
-NETWORKS: dict[str, tuple[type[nn.Module] | None, int]] = {
-    "plain": (None, 0),
-    "efficient, 1 module": (EfficientAttention2d, 1),
-    "efficient, 7 modules": (EfficientAttention2d, 7),
-    "non-local, 1 module": (NonLocalAttention2d, 1),
-    "multiresolution, 7 modules": (MultiresolutionAttention2d, 7),
+# Layer, number of modules, value channels; None is as many as the map has.
+NETWORKS: dict[str, tuple[type[nn.Module] | None, int, int | None]] = {
+    "plain": (None, 0, None),
+    "efficient, 1 module": (EfficientAttention2d, 1, KEY_DIM),
+    "efficient, 7 modules": (EfficientAttention2d, 7, KEY_DIM),
+    "efficient, 7 modules, wide values": (EfficientAttention2d, 7, None),
+    "non-local, 1 module": (NonLocalAttention2d, 1, KEY_DIM),
+    "multiresolution, 7 modules": (MultiresolutionAttention2d, 7, KEY_DIM),
 }
 
 
@@ -57,13 +59,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="steps of each network")
     options = parser.parse_args()
     print("# Attention modules in Mask R-CNN on the CPU\n")
-    print(f"float32, {KEY_DIM} key channels, values as wide as the map. {environment(Path(__file__).parent)}\n")
+    print(f"float32, {KEY_DIM} key channels. {environment(Path(__file__).parent)}\n")
     places(options.most_gigabytes)
     steps(options.rounds)
 
 
 def places(most_gigabytes: float) -> None:
     print("## The seven places on an 800 x 1333 image, forward pass\n")
+    print("Values as wide as the map, where not said otherwise.\n")
     print("| place | channels x positions | module | operations, G | memory counted, MB | measured, MB |")
     print("|---|---|---|---|---|---|")
     totals = {name: [0.0, 0.0] for name in MODULES}
@@ -92,6 +95,7 @@ def places(most_gigabytes: float) -> None:
 
 def steps(rounds: int) -> None:
     print("## A training step of Mask R-CNN with ResNet-50, one image of 320 x 426\n")
+    print(f"{KEY_DIM} value channels; wide values are as wide as the map.\n")
     images, targets = example()
     trained = {name: train_step(name, images, targets) for name in NETWORKS}
     seconds: dict[str, list[float]] = {name: [] for name in NETWORKS}
@@ -170,8 +174,8 @@ def example() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 
 def train_step(name: str, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Callable[[], None]:
-    kind, places = NETWORKS[name]
-    attention = None if kind is None else lambda dim: kind(dim, key_dim=KEY_DIM)
+    kind, places, value_dim = NETWORKS[name]
+    attention = None if kind is None else lambda dim: kind(dim, key_dim=KEY_DIM, value_dim=value_dim)
     torch.manual_seed(0)
     network = mask_rcnn(attention=attention, places=places, min_size=320, max_size=533)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)
