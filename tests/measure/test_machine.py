@@ -1,14 +1,17 @@
 """The words that tell what a measurement ran on."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 from lineara.measure.machine import environment, processor
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_machine_versions_and_commit_are_named(tmp_path):
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
