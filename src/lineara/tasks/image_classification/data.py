@@ -10,7 +10,6 @@ broken     any number                 str      a sentence on each image of the b
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
 
 from lineara.tasks.image_files import BrokenImageError, list_images, read_image
+from lineara.tasks.random_numbers import random_numbers_from
 
 _NAMED_IMAGES = 10
 
@@ -248,7 +248,7 @@ class _TransformedImages(Dataset[Any]):
             image, target = self.images[index]
         except BrokenImageError as error:
             return str(error)
-        with _random_numbers_from(seed):
+        with random_numbers_from(seed):
             return self.transform(image), target
 
 
@@ -267,17 +267,6 @@ class _Unlabelled:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, str]:
         return read_image(self.files[index]), self.files[index].name
-
-
-@contextmanager
-def _random_numbers_from(seed: int) -> Iterator[None]:
-    """Seed what transforms draw from; torch.manual_seed would seed accelerators too."""
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
 
 
 def _collate(items: Sequence[tuple[Tensor, Any] | str], *, target: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import pickle
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from lineara.tasks.image_files import read_pixels
 from lineara.tasks.instance_segmentation.batches import BrokenImage, Item
 from lineara.tasks.instance_segmentation.coco_entries import Entry, decode
 from lineara.tasks.instance_segmentation.coco_files import BrokenItems, without_garbage_collection
+from lineara.tasks.random_numbers import random_numbers_from
 
 _IMAGE_KEYS = ("id", "file_name", "height", "width")
 _NEEDED_KEYS = ("category_id", "bbox", "segmentation")
@@ -106,7 +106,7 @@ class AnnotatedImages(Dataset["Batch | BrokenImage"]):
         target = _target(annotations, image_id, *colours.shape[1:])
         image = tv_tensors.Image(colours)
         if self.transform is not None:
-            with _seeded(seed):
+            with random_numbers_from(seed):
                 image, target = self.transform(image, target)
         return _plain(image, target)
 
@@ -216,14 +216,3 @@ def _plain(image: Any, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
 
 def _as_shares(image: Tensor) -> Tensor:
     return v2.functional.to_dtype(image, torch.float32, scale=True)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers that depend on the seed alone, and leave those of the training as they were."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the GPU too
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)

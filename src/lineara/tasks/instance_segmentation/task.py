@@ -98,7 +98,7 @@ class InstanceSegmentation(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse data of more categories than the network knows."""
         if stage != "predict":
-            largest = max(self.trainer.datamodule.categories, default=0)  # type: ignore[attr-defined]
+            largest = max(self._data().categories, default=0)
             if largest >= self.num_classes:
                 raise ValueError(
                     f"num_classes must exceed the categories' ids, got {self.num_classes} and the id {largest}; set it "
@@ -211,7 +211,7 @@ class InstanceSegmentation(LightningModule):
         self._gather()
         evaluation = None
         if self.trainer.is_global_zero:
-            annotations = self.trainer.datamodule.annotations(stage)  # type: ignore[attr-defined]
+            annotations = self._data().annotations(stage)
             evaluation = evaluate(annotations, _flat(self._results), image_ids=sorted(self._results))
         statistics = self.trainer.strategy.broadcast(evaluation.statistics if evaluation else {})
         for name, value in statistics.items():
@@ -235,7 +235,7 @@ class InstanceSegmentation(LightningModule):
             raise ValueError(
                 f"predict must run on one device, got {self.trainer.world_size}; call it with --trainer.devices 1"
             )
-        categories = self.trainer.datamodule.categories  # type: ignore[attr-defined]
+        categories = self._data().categories
         folder = Path(self.trainer.default_root_dir) / "predictions"
         self._predictions = PredictionFolder(folder, categories, score_threshold=self.score_threshold)
 
@@ -254,9 +254,11 @@ class InstanceSegmentation(LightningModule):
 
     # What the run's size says.
 
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
     def _images_per_step(self) -> int:
-        batch_size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        return batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return self._data().batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
 
     def _steps_per_epoch(self) -> int:
         self.trainer.fit_loop.setup_data()  # as `estimated_stepping_batches` does it, but without epochs it does not

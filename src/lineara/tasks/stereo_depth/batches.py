@@ -2,16 +2,15 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from lineara.tasks.random_numbers import random_numbers_from
 from lineara.tasks.stereo_depth.frames import Frame, Frames, read_views
 from lineara.tasks.stereo_depth.transforms import normalised
 
@@ -129,7 +128,7 @@ class FrameBatches(Dataset["Batch | BrokenFrame"]):
                 return BrokenFrame(f"frame {name}: {error}")
             if self.change is not None:
                 try:
-                    with _random_numbers_from(seed):
+                    with random_numbers_from(seed):
                         frame = self.change(frame)
                 except ValueError as error:
                     return BrokenFrame(f"frame {name} {error}")
@@ -169,14 +168,3 @@ class PairsToPredict(Dataset["Batch | BrokenFrame"]):
         if self.calibration is not None:
             batch["calibration"] = [dict(self.calibration)]
         return batch
-
-
-@contextmanager
-def _random_numbers_from(seed: int) -> Iterator[None]:
-    """Random numbers that depend on the seed alone, and leave those of the training as they were."""
-    state: Tensor = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the GPU too
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)

@@ -1,7 +1,7 @@
 """KITTI 2012 and 2015: streets, with truths of a laser scanner for a part of the pixels."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -48,8 +48,6 @@ class KittiData(StereoData):
     Source: Geiger et al., 2012, "Are we ready for Autonomous Driving?"; Menze and Geiger, 2015, "Object Scene Flow for
     Autonomous Vehicles". PSMNet trains on 160 frames too, but on those that its file system lists first.
     """
-
-    only_in_training: ClassVar[tuple[str, ...]] = StereoData.only_in_training
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -102,8 +102,6 @@ class MiddleburyData(_SceneData):
     Source: Scharstein et al., 2014, "High-Resolution Stereo Datasets with Subpixel-Accurate Ground Truth".
     """
 
-    only_in_training: ClassVar[tuple[str, ...]] = StereoData.only_in_training
-
     def __init__(
         self,
         data_root: str = "data/middlebury2014",
@@ -154,8 +152,6 @@ class ETH3DData(_SceneData):
 
     Source: Schoeps et al., 2017, "A Multi-View Stereo Benchmark with High-Resolution Images and Multi-Camera Videos".
     """
-
-    only_in_training: ClassVar[tuple[str, ...]] = StereoData.only_in_training
 
     def __init__(
         self,

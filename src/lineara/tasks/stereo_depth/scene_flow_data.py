@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from lineara.tasks.stereo_depth.data import CROPPED, StereoData
 from lineara.tasks.stereo_depth.frames import FileFrames, FrameFiles, matched, read_float_truth
@@ -53,8 +53,6 @@ class SceneFlowData(StereoData):
     Source: Mayer et al., 2016, "A Large Dataset to Train Convolutional Networks for Disparity, Optical Flow, and Scene
     Flow Estimation", arXiv 1512.02134.
     """
-
-    only_in_training: ClassVar[tuple[str, ...]] = StereoData.only_in_training
 
     def __init__(
         self,
