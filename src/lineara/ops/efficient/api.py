@@ -1,5 +1,7 @@
 """The public door of efficient attention: signatures, meaning and checks; `dispatch` picks what runs."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from lineara.ops.blocks import fits_one_block
@@ -17,6 +19,10 @@ from lineara.ops.dispatch import choose_implementation
 from lineara.ops.efficient import operators, reference
 from lineara.ops.efficient.reference import ContextSummary, context_matrix
 from lineara.ops.precision import accumulation_dtype, without_autocast
+from lineara.ops.sequence_parallel import name_of_group
+
+if TYPE_CHECKING:
+    from lineara.ops.sequence_parallel import Group
 
 NORMALIZATIONS = ("softmax", "scaling")
 
@@ -30,6 +36,7 @@ def efficient_attention(
     scale: float = 1.0,
     key_mask: Tensor | None = None,
     impl: str = "auto",
+    group: "Group" = None,
 ) -> Tensor:
     """Attention through a small context matrix, in time and memory linear in the number of positions.
 
@@ -50,18 +57,25 @@ def efficient_attention(
         key_mask: boolean (batch, key positions), True = takes part. What a masked position holds, NaN and inf
             included, reaches neither the output nor a gradient. An item without a valid position gives zeros.
         impl: `"auto"`, `"reference"` or `"streaming"`: the means, never the mathematics.
+        group: the ranks over which the positions are sharded, a torch.distributed ProcessGroup or a DeviceMesh of one
+            dimension: every rank passes its own part of queries, keys and values, and gets the answers to its own
+            queries. None: all positions are here. All ranks must call alike (in shapes but those of positions, dtypes,
+            options and what needs gradients), which cannot be checked without traffic: where they do not, the call
+            hangs or fails inside torch. See docs/sequence_parallel.md.
 
     Returns:
         (batch, heads, query positions, value channels), in the dtype of the inputs. Sums are kept in float32, or in
         float64 for float64 inputs.
 
     Raises:
-        ValueError: for shapes or devices that do not fit, or an unknown `normalization` or `impl`.
-        TypeError: for dtypes that differ or are not floating point, or a mask that is not boolean.
+        ValueError: for shapes or devices that do not fit, an unknown `normalization` or `impl`, or a group that this
+            rank cannot talk to.
+        TypeError: for dtypes that differ or are not floating point, a mask that is not boolean, or a wrong group.
 
     Cost: O((N + M) K V) time for N query positions, M key positions, K key and V value channels per head. Memory
     beyond inputs and output: O(N K + M (K + V)) with `"reference"`; O(K V) and buffers of constant size with
-    `"streaming"`, to which inputs of up to 2 Mi elements are one block.
+    `"streaming"`, to which inputs of up to 2 Mi elements are one block. With a group, messages of K (V + 2) numbers per
+    head forward (K (V + 1) under scaling) and K V backward.
 
     Source: Shen, Zhang, Zhao, Yi, Li, "Efficient Attention: Attention with Linear Complexities", WACV 2021,
     arXiv 1812.01243. Masks, `scale` and cross-attention are ours.
@@ -73,13 +87,15 @@ def efficient_attention(
     check_key_mask(key_mask, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
     check_scale(scale)
+    group_name = name_of_group(group)
     implementation = choose_implementation("efficient_attention", impl, query)
-    if implementation == "streaming" and not fits_one_block(query, key, value):
+    # (Ranks must not differ in what they exchange, whichever of them holds little.)
+    if implementation == "streaming" and (group_name or not fits_one_block(query, key, value)):
         check_forward_mode(query, key, value)
-        return operators.efficient_attention(query, key, value, key_mask, normalization, float(scale))[0]
+        return operators.efficient_attention(query, key, value, key_mask, normalization, float(scale), group_name)[0]
     with without_autocast(query):
         return reference.efficient_attention(
-            query, key, value, normalization=normalization, scale=scale, key_mask=key_mask
+            query, key, value, normalization=normalization, scale=scale, key_mask=key_mask, group_name=group_name
         )
 
 
@@ -134,7 +150,7 @@ def summarize_context(
         )
 
 
-def merge_contexts(first: ContextSummary, *others: ContextSummary) -> ContextSummary:
+def merge_contexts(first: ContextSummary, *others: ContextSummary, group: "Group" = None) -> ContextSummary:
     """Merge summaries of disjoint sets of positions into the summary of their union, in any order and grouping.
 
         m = max(m1, m2),   s = s1 exp(m1 - m) + s2 exp(m2 - m),   S likewise
@@ -142,15 +158,17 @@ def merge_contexts(first: ContextSummary, *others: ContextSummary) -> ContextSum
     Args:
         first: a summary from `summarize_context`.
         others: any number of further ones, of the same shapes, normalisation and scale.
+        group: ranks whose summaries are merged too, as `efficient_attention` has it; every rank gets the result.
 
     Returns:
         The summary of all their positions.
 
     Raises:
-        ValueError: for shapes, normalisations, scales or devices that differ.
-        TypeError: for dtypes that differ, or arguments that are not summaries.
+        ValueError: for shapes, normalisations, scales or devices that differ, or a group that this rank cannot talk to.
+        TypeError: for dtypes that differ, or arguments that are not summaries or not a group.
 
-    Cost: O(K V) time and memory per summary and head.
+    Cost: O(K V) time and memory per summary and head. With a group, messages of K (V + 2) numbers per head forward
+    (K (V + 1) under scaling) and K (V + 1) backward.
 
     Source: ours; see `summarize_context`.
     """
@@ -171,7 +189,8 @@ def merge_contexts(first: ContextSummary, *others: ContextSummary) -> ContextSum
             )
         check_same_dtype_and_device(("context", "other context"), (first.weighted_sum, other.weighted_sum))
         merged = reference.merge_contexts(merged, other)
-    return merged
+    group_name = name_of_group(group)
+    return reference.merge_over_group(merged, group_name) if group_name else merged
 
 
 def attend_context(query: Tensor, context: ContextSummary, *, impl: str = "auto") -> Tensor:

@@ -16,17 +16,25 @@ from torch.library import custom_op
 
 from lineara.ops.differentiation import reference_gradients
 from lineara.ops.efficient import reference, streaming
-from lineara.ops.efficient.reference import ContextSummary, context_matrix
+from lineara.ops.efficient.reference import ContextSummary
 from lineara.ops.precision import accumulation_dtype
+from lineara.ops.sequence_parallel import sum_over_group
 
 
 @custom_op("lineara::efficient_attention", mutates_args=())
 def efficient_attention(
-    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, normalization: str, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    normalization: str,
+    scale: float,
+    group_name: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and what the backward pass needs beside the inputs: maximum, total and context matrix."""
     maximum, total, weighted_sum = streaming.summarize(key, value, key_mask, normalization, scale)
-    context = context_matrix(ContextSummary(maximum, total, weighted_sum, normalization, scale))
+    summary = ContextSummary(maximum, total, weighted_sum, normalization, scale)
+    maximum, total, context = reference.context_over_ranks(summary, group_name)
     return streaming.attend(query, context, normalization, scale), maximum, total, context
 
 
@@ -42,8 +50,11 @@ def efficient_attention_backward(
     context: Tensor,
     normalization: str,
     scale: float,
+    group_name: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_query, grad_context = streaming.attend_backward(grad_output, query, context, normalization, scale)
+    if group_name:
+        grad_context = sum_over_group(grad_context, group_name)
     grad_total, grad_weighted_sum = streaming.context_backward(grad_context, context, total)
     grad_key, grad_value = streaming.summarize_backward(
         grad_total, grad_weighted_sum, key, value, key_mask, maximum, normalization, scale
@@ -90,7 +101,7 @@ def attend_context_backward(
 
 
 @efficient_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, normalization: str, scale: float):
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any):
     maximum, total, context = _fake_summary(key, value)
     return query.new_empty((*query.shape[:3], value.shape[3])), maximum, total, context
 
@@ -139,16 +150,16 @@ def _fake_contiguous(tensor: Tensor) -> Tensor:
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, key_mask, ctx.normalization, ctx.scale = inputs
+    query, key, value, key_mask, ctx.normalization, ctx.scale, ctx.group_name = inputs
     ctx.save_for_backward(query, key, value, key_mask, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _attention_gradients(ctx: Any, grad_output: Tensor | None, *_: None):
     query, key, value, key_mask, maximum, total, context = ctx.saved_tensors
-    options = {"normalization": ctx.normalization, "scale": ctx.scale}
+    options = {"normalization": ctx.normalization, "scale": ctx.scale, "group_name": ctx.group_name}
     if grad_output is None:
-        return None, None, None, None, None, None
+        return (None,) * 7
     if torch.is_grad_enabled():
 
         def forward(query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
@@ -159,7 +170,7 @@ def _attention_gradients(ctx: Any, grad_output: Tensor | None, *_: None):
         gradients = efficient_attention_backward(
             grad_output, query, key, value, key_mask, maximum, total, context, **options
         )
-    return *gradients, None, None, None
+    return *gradients, None, None, None, None
 
 
 def _save_summary(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

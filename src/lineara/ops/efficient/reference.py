@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lineara.ops.precision import accumulation_dtype
+from lineara.ops.sequence_parallel import context_over_group, maximum_over_group, sums_over_group
 
 
 class ContextSummary(NamedTuple):
@@ -32,9 +33,20 @@ class ContextSummary(NamedTuple):
 
 
 def efficient_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, normalization: str, scale: float, key_mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    normalization: str,
+    scale: float,
+    key_mask: Tensor | None,
+    group_name: str = "",
 ) -> Tensor:
-    context = context_of(key, value, normalization, scale, key_mask)
+    if group_name:
+        summary = summarize_context(key, value, normalization=normalization, scale=scale, key_mask=key_mask)
+        context = context_over_ranks(summary, group_name)[2]
+    else:
+        context = context_of(key, value, normalization, scale, key_mask)
     return apply_context(query, context, normalization, scale)
 
 
@@ -66,8 +78,35 @@ def merge_contexts(first: ContextSummary, second: ContextSummary) -> ContextSumm
     )
 
 
+def merge_over_group(summary: ContextSummary, group_name: str) -> ContextSummary:
+    """The summary of the positions of all ranks: one message of maxima under softmax, and one of sums."""
+    summary = _of_common_maximum(summary, group_name)
+    total, weighted_sum = sums_over_group(summary.total, summary.weighted_sum, group_name)
+    return summary._replace(total=total, weighted_sum=weighted_sum)
+
+
+def context_over_ranks(summary: ContextSummary, group_name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """m and s of the positions of all ranks, both (B, H, K), and S / s, (B, H, K, V); with "" those of this rank."""
+    if not group_name:
+        return summary.maximum, summary.total, context_matrix(summary)
+    summary = _of_common_maximum(summary, group_name)
+    context, total = context_over_group(summary.total, summary.weighted_sum, group_name)
+    return summary.maximum, total, context
+
+
 def attend_context(query: Tensor, summary: ContextSummary) -> Tensor:
     return apply_context(query, context_matrix(summary), summary.normalization, summary.scale)
+
+
+def _of_common_maximum(summary: ContextSummary, group_name: str) -> ContextSummary:
+    """The same sums relative to the largest maximum of all ranks."""
+    if summary.normalization == "scaling":
+        return summary
+    maximum = maximum_over_group(summary.maximum.detach(), group_name)
+    factor = (summary.maximum - finite_shift(maximum)).exp()
+    return summary._replace(
+        maximum=maximum, total=summary.total * factor, weighted_sum=summary.weighted_sum * factor[..., None]
+    )
 
 
 def apply_context(query: Tensor, context: Tensor, normalization: str, scale: float) -> Tensor:

@@ -1,5 +1,7 @@
 """The public door of kernel attention: signature, meaning and checks."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from lineara.ops.blocks import fits_one_block
@@ -14,6 +16,10 @@ from lineara.ops.checks import (
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.kernel import operators, reference
 from lineara.ops.precision import without_autocast
+from lineara.ops.sequence_parallel import name_of_group
+
+if TYPE_CHECKING:
+    from lineara.ops.sequence_parallel import Group
 
 FEATURE_MAPS = ("relu", "elu")
 
@@ -27,6 +33,7 @@ def kernel_attention(
     scale: float = 1.0,
     key_mask: Tensor | None = None,
     impl: str = "auto",
+    group: "Group" = None,
 ) -> Tensor:
     """Attention with a kernel in place of the softmax, in time and memory linear in the number of positions.
 
@@ -46,18 +53,21 @@ def kernel_attention(
         key_mask: boolean (batch, key positions), True = takes part. What a masked position holds, NaN and inf
             included, reaches neither the output nor a gradient. An item without a valid position gives zeros.
         impl: `"auto"`, `"reference"` or `"streaming"`: the means, never the mathematics.
+        group: the ranks over which the positions are sharded, as `efficient_attention` has it.
 
     Returns:
         (batch, heads, query positions, value channels), in the dtype of the inputs. Sums are kept in float32, or in
         float64 for float64 inputs.
 
     Raises:
-        ValueError: for shapes or devices that do not fit, or an unknown `feature_map` or `impl`.
-        TypeError: for dtypes that differ or are not floating point, or a mask that is not boolean.
+        ValueError: for shapes or devices that do not fit, an unknown `feature_map` or `impl`, or a group that this rank
+            cannot talk to.
+        TypeError: for dtypes that differ or are not floating point, a mask that is not boolean, or a wrong group.
 
     Cost: O((N + M) K V) time for N query positions, M key positions, K key and V value channels per head. Memory
     beyond inputs and output: O(N K + M (K + V)) with `"reference"`; O(K V) and buffers of constant size with
-    `"streaming"`, to which inputs of up to 2 Mi elements are one block.
+    `"streaming"`, to which inputs of up to 2 Mi elements are one block. With a group, messages of K (V + 1) numbers per
+    head forward and as many backward.
 
     Source: Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs: Fast Autoregressive Transformers with Linear
     Attention", ICML 2020, arXiv 2006.16236, equations 4 to 7 (elu + 1). Masks and `scale` are ours.
@@ -69,9 +79,12 @@ def kernel_attention(
     check_key_mask(key_mask, key)
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     check_scale(scale)
+    group_name = name_of_group(group)
     implementation = choose_implementation("kernel_attention", impl, query)
-    if implementation == "streaming" and not fits_one_block(query, key, value):
+    if implementation == "streaming" and (group_name or not fits_one_block(query, key, value)):
         check_forward_mode(query, key, value)
-        return operators.kernel_attention(query, key, value, key_mask, feature_map, float(scale))[0]
+        return operators.kernel_attention(query, key, value, key_mask, feature_map, float(scale), group_name)[0]
     with without_autocast(query):
-        return reference.kernel_attention(query, key, value, feature_map=feature_map, scale=scale, key_mask=key_mask)
+        return reference.kernel_attention(
+            query, key, value, feature_map=feature_map, scale=scale, key_mask=key_mask, group_name=group_name
+        )

@@ -7,12 +7,22 @@ import torch
 from torch import Tensor
 
 from lineara.ops.efficient.reference import prepare, times_scale
+from lineara.ops.sequence_parallel import sums_over_group
 
 
 def kernel_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, feature_map: str, scale: float, key_mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: str,
+    scale: float,
+    key_mask: Tensor | None,
+    group_name: str = "",
 ) -> Tensor:
     total, weighted_sum = summarize(key, value, feature_map, scale, key_mask)
+    if group_name:
+        total, weighted_sum = sums_over_group(total, weighted_sum, group_name)
     return apply(query, total, weighted_sum, feature_map, scale)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from lineara.ops.checks import (
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.multiresolution import operators, reference
 from lineara.ops.precision import without_autocast
+from lineara.ops.sequence_parallel import name_of_group
+
+if TYPE_CHECKING:
+    from lineara.ops.sequence_parallel import Group
 
 COMPRESSIONS = ("mean", "max", "conv")
 FEATURE_MAPS = ("softmax", "relu", "elu")
@@ -39,6 +44,7 @@ def multiresolution_attention(
     scale: float = 1.0,
     key_mask: Tensor | None = None,
     impl: str = "auto",
+    group: "Group" = None,
 ) -> Tensor:
     """Linear attention whose heads see keys and values at different resolutions, and queries that choose among them.
 
@@ -72,20 +78,26 @@ def multiresolution_attention(
         key_mask: boolean (batch, key positions), True = takes part. What a masked position holds, NaN and inf
             included, reaches neither the output nor a gradient. An item without a valid position gives zeros.
         impl: `"auto"`, `"reference"` or `"streaming"`: the means, never the mathematics.
+        group: the ranks over which the positions are sharded, as `efficient_attention` has it: shards are consecutive
+            parts of the sequence, in the order of ranks, or of the first axis of the grid, of which `key_shape` is
+            this rank's part. Windows are those of the whole sequence; one that straddles a border of shards is
+            completed where it begins. The implementation `"reference"` cannot be compiled with a group.
 
     Returns:
         (batch, heads, query positions, value channels), in the dtype of the inputs. Sums are kept in float32, or in
         float64 for float64 inputs.
 
     Raises:
-        ValueError: for shapes, resolutions or devices that do not fit, weights without `"conv"` or the reverse, or an
-            unknown `compression`, `feature_map` or `impl`.
-        TypeError: for dtypes that differ or are not floating point, a mask that is not boolean, or resolutions that are
-            not integers.
+        ValueError: for shapes, resolutions or devices that do not fit, weights without `"conv"` or the reverse, an
+            unknown `compression`, `feature_map` or `impl`, or a group that this rank cannot talk to.
+        TypeError: for dtypes that differ or are not floating point, a mask that is not boolean, resolutions that are
+            not integers, or a group that is none.
 
     Cost: O(M (K + V) + (N + M / r) K V) time for N query positions, M key positions, K key and V value channels per
     head. Memory beyond inputs and output: O(N K + M (K + V)) with `"reference"`; with `"streaming"` O(K V), buffers of
-    constant size, and M / r positions of those heads that compress, none of it kept for the backward pass.
+    constant size, and M / r positions of those heads that compress, none of it kept for the backward pass. With a
+    group, messages of `efficient_attention` or `kernel_attention`, and fewer positions per border than the least common
+    multiple of the resolutions.
 
     Source: our reading of Zhang, Ma, Seidl, Tresp, "Adaptive Multi-Resolution Attention with Linear Complexity", arXiv
     2108.04962. Its abstract states heads of different resolution, each query's choice among them, and kernel attention;
@@ -103,15 +115,15 @@ def multiresolution_attention(
     key_shape = _checked_shape(key_shape, key)
     _check_gate(gate, query)
     _check_weights(key_weight, value_weight, key, value, compression, max(resolutions) ** len(key_shape))
-    if compression != "conv":  # whose places in the window have numbers that depend on the resolution
-        largest = max(1, *key_shape)
-        resolutions = [min(resolution, largest) for resolution in resolutions]
+    group_name = name_of_group(group)
+    if not group_name:  # otherwise the whole grid is known later
+        resolutions = reference.within(resolutions, compression, max(1, *key_shape))
     implementation = choose_implementation("multiresolution_attention", impl, query)
-    if implementation == "streaming" and not fits_one_block(query, key, value):
+    if implementation == "streaming" and (group_name or not fits_one_block(query, key, value)):
         tensors = (query, key, value, gate, key_weight, value_weight)
         check_forward_mode(*(tensor for tensor in tensors if tensor is not None))
         return operators.multiresolution_attention(
-            *tensors, key_mask, list(resolutions), list(key_shape), compression, feature_map, float(scale)
+            *tensors, key_mask, list(resolutions), list(key_shape), compression, feature_map, float(scale), group_name
         )[0]
     with without_autocast(query):
         return reference.multiresolution_attention(
@@ -127,6 +139,7 @@ def multiresolution_attention(
             value_weight=value_weight,
             scale=scale,
             key_mask=key_mask,
+            group_name=group_name,
         )
 
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.library import custom_op
 
 from lineara.ops.differentiation import reference_gradients
+from lineara.ops.efficient import streaming as efficient
 from lineara.ops.kernel import streaming as kernel
 from lineara.ops.multiresolution import reference, streaming
 from lineara.ops.multiresolution.streaming import Compression
 from lineara.ops.precision import accumulation_dtype
+from lineara.ops.sequence_parallel import Alignment, Part, sum_over_group, sums_over_group
 
 
 @custom_op("lineara::multiresolution_attention", mutates_args=())
@@ -31,18 +33,24 @@ def multiresolution_attention(
     compression: str,
     feature_map: str,
     scale: float,
+    group_name: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and what the backward pass needs beside the inputs: maximum, total and context."""
-    maximum, total, context = streaming.summarize(
-        key,
-        value,
-        key_mask,
-        key_weight,
-        value_weight,
-        Compression(resolutions, key_shape, compression),
-        feature_map,
-        scale,
-    )
+    parts, resolutions, _ = _parts(key, value, key_mask, resolutions, key_shape, compression, group_name)
+    summaries = [
+        streaming.summarize(
+            part.key,
+            part.value,
+            part.key_mask,
+            key_weight,
+            value_weight,
+            Compression(resolutions, part.key_shape, compression),
+            feature_map,
+            scale,
+        )
+        for part in parts
+    ]
+    maximum, total, context = reference.join(summaries, feature_map, scale, group_name)
     return kernel.attend(query, total, context, gate, feature_map, scale), maximum, total, context
 
 
@@ -64,35 +72,58 @@ def multiresolution_attention_backward(
     compression: str,
     feature_map: str,
     scale: float,
+    group_name: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, gate and both weights; empty for what is not there."""
     grad_query, grad_total, grad_context, grad_gate = kernel.attend_backward(
         grad_output, query, total, context, gate, feature_map, scale
     )
-    grad_key, grad_value, grad_key_weight, grad_value_weight = streaming.summarize_backward(
-        grad_total,
-        grad_context,
-        key,
-        value,
-        key_mask,
-        key_weight,
-        value_weight,
-        maximum,
-        total,
-        context,
-        Compression(resolutions, key_shape, compression),
-        feature_map,
-        scale,
-    )
-    nothing = query.new_empty(0)
-    return (
-        grad_query,
-        grad_key,
-        grad_value,
-        nothing if grad_gate is None else grad_gate,
-        nothing.clone() if grad_key_weight is None else grad_key_weight,
-        nothing.clone() if grad_value_weight is None else grad_value_weight,
-    )
+    if feature_map == "softmax":
+        grad_context = sum_over_group(grad_context, group_name) if group_name else grad_context
+        grad_total, grad_context = efficient.context_backward(grad_context, context, total)
+    elif group_name:
+        grad_total, grad_context = sums_over_group(grad_total, grad_context, group_name)
+    parts, resolutions, alignment = _parts(key, value, key_mask, resolutions, key_shape, compression, group_name)
+    of_parts = [
+        streaming.summarize_backward(
+            grad_total,
+            grad_context,
+            part.key,
+            part.value,
+            part.key_mask,
+            key_weight,
+            value_weight,
+            maximum,
+            Compression(resolutions, part.key_shape, compression),
+            feature_map,
+            scale,
+        )
+        for part in parts
+    ]
+    grad_key, grad_value, *of_weights = of_parts[0]
+    if alignment is not None:
+        grad_key, grad_value = alignment.gradients(of_parts[0][:2], of_parts[1][:2])
+        of_weights = [None if a is None or b is None else a + b for a, b in zip(of_parts[0][2:], of_parts[1][2:])]
+    # (One empty tensor for each: results of an operator must not share memory.)
+    optional = (query.new_empty(0) if grad is None else grad for grad in (grad_gate, *of_weights))
+    return grad_query, grad_key, grad_value, *optional  # pyright: ignore[reportReturnType] - there are three
+
+
+def _parts(
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    resolutions: Sequence[int],
+    key_shape: Sequence[int],
+    compression: str,
+    group_name: str,
+) -> tuple[Sequence[Part], Sequence[int], Alignment | None]:
+    """What is summarised on this rank, with which resolutions, and how it came here."""
+    if not group_name:
+        return [Part(key, value, key_mask, tuple(key_shape))], resolutions, None
+    alignment = Alignment(key, key_mask, key_shape, resolutions, group_name)
+    resolutions = reference.within(resolutions, compression, alignment.largest)
+    return alignment.parts(key, value, key_mask), resolutions, alignment
 
 
 @multiresolution_attention.register_fake
@@ -123,18 +154,21 @@ def _(
 
 
 _NUM_TENSORS = 6  # that have gradients: query, key, value, gate and both weights
-_NUM_OPTIONS = 6  # that have none
+_NUM_OPTIONS = 7  # that have none
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, key_mask, ctx.resolutions, ctx.key_shape, ctx.compression, ctx.feature_map, ctx.scale = inputs
+    *tensors, key_mask, ctx.resolutions, ctx.key_shape, ctx.compression, ctx.feature_map, ctx.scale, ctx.group_name = (
+        inputs
+    )
     ctx.save_for_backward(*tensors, key_mask, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None, *_: None):
     *tensors, key_mask, maximum, total, context = ctx.saved_tensors
-    options = {name: getattr(ctx, name) for name in ("resolutions", "key_shape", "compression", "feature_map", "scale")}
+    names = ("resolutions", "key_shape", "compression", "feature_map", "scale", "group_name")
+    options = {name: getattr(ctx, name) for name in names}
     if grad_output is None:
         return (None,) * (_NUM_TENSORS + _NUM_OPTIONS)
     if torch.is_grad_enabled():

@@ -4,15 +4,20 @@ Letters in comments: B batch, H heads, h heads of one resolution, N query positi
 W positions of a window, D channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lineara.ops.efficient import reference as efficient
+from lineara.ops.efficient.reference import ContextSummary
 from lineara.ops.kernel import reference as kernel
 from lineara.ops.precision import accumulation_dtype
+from lineara.ops.sequence_parallel import Alignment, Part, sums_over_group
+
+Weights = tuple[Tensor | None, Tensor | None]  # of keys and values
 
 
 def multiresolution_attention(
@@ -29,27 +34,89 @@ def multiresolution_attention(
     value_weight: Tensor | None,
     scale: float,
     key_mask: Tensor | None,
+    group_name: str = "",
 ) -> Tensor:
-    contexts: list[Tensor] = []
-    totals: list[Tensor] = []
-    # (Split, not sliced: the gradient of each slice would be a tensor of zeros for all heads.)
-    runs = groups(resolutions)
-    sizes = [heads.stop - heads.start for heads, _ in runs]
-    for (heads, resolution), k, v in zip(runs, torch.split(key, sizes, 1), torch.split(value, sizes, 1)):
-        k, mask = _compress(k, resolution, key_shape, compression, key_weight, heads, key_mask)
-        v, _ = _compress(v, resolution, key_shape, compression, value_weight, heads, key_mask)
-        if feature_map == "softmax":
-            context = efficient.context_of(k, v, "softmax", scale, mask)  # (B, h, K, V)
-        else:
-            total, context = kernel.summarize(k, v, feature_map, scale, mask)  # (B, h, K), (B, h, K, V)
-            totals.append(total)
-        contexts.append(context)
-    context = torch.cat(contexts, dim=1)  # (B, H, K, V)
+    weights = (key_weight, value_weight)
+    if group_name:
+        alignment = Alignment(key, key_mask, key_shape, resolutions, group_name)
+        resolutions = within(resolutions, compression, alignment.largest)
+        parts = alignment.parts(key, value, key_mask)
+        summaries = [_summarize(part, resolutions, compression, feature_map, weights, scale) for part in parts]
+        _, total, context = join(summaries, feature_map, scale, group_name)
+    else:
+        part = Part(key, value, key_mask, tuple(key_shape))
+        total, context = _context_of(part, resolutions, compression, feature_map, weights, scale)
     if feature_map == "softmax":
         output = efficient.apply_context(query, context, "softmax", scale)
     else:
-        output = kernel.apply(query, torch.cat(totals, dim=1), context, feature_map, scale)
+        output = kernel.apply(query, total, context, feature_map, scale)
     return output if gate is None else output * gate[..., None]
+
+
+def within(resolutions: Sequence[int], compression: str, largest: int) -> Sequence[int]:
+    """The resolutions, none beyond the longest axis of the grid: that makes a single window already."""
+    if compression == "conv":  # whose places in the window have numbers that depend on the resolution
+        return resolutions
+    return [min(resolution, largest) for resolution in resolutions]
+
+
+def join(
+    summaries: Sequence[tuple[Tensor, Tensor, Tensor]], feature_map: str, scale: float, group_name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum (B, H, K), total (B, H, K) and context (B, H, K, V) of all parts and ranks, from each part's sums.
+
+    Under softmax the context is divided by the total; otherwise the maximum means nothing.
+    """
+    if feature_map == "softmax":
+        parts = [ContextSummary(*summary, "softmax", scale) for summary in summaries]
+        return efficient.context_over_ranks(reduce(efficient.merge_contexts, parts), group_name)
+    maximum, total, context = (reduce(torch.add, sums) for sums in zip(*summaries))
+    if group_name:
+        total, context = sums_over_group(total, context, group_name)
+    return maximum, total, context
+
+
+def _context_of(
+    part: Part, resolutions: Sequence[int], compression: str, feature_map: str, weights: Weights, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The total (B, H, K), which softmax has no use for, and the context (B, H, K, V)."""
+    if feature_map != "softmax":
+        return _summarize(part, resolutions, compression, feature_map, weights, scale)[1:]
+    contexts = [
+        efficient.context_of(k, v, "softmax", scale, mask)  # (B, h, K, V)
+        for k, v, mask in _windows_of_heads(part, resolutions, compression, weights)
+    ]
+    context = torch.cat(contexts, dim=1)
+    return context[..., 0], context
+
+
+def _summarize(
+    part: Part, resolutions: Sequence[int], compression: str, feature_map: str, weights: Weights, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The maximum (B, H, K), total (B, H, K) and weighted sum (B, H, K, V) over windows."""
+    summaries: list[tuple[Tensor, Tensor, Tensor]] = []
+    for k, v, mask in _windows_of_heads(part, resolutions, compression, weights):
+        if feature_map == "softmax":
+            summary = efficient.summarize_context(k, v, normalization="softmax", scale=scale, key_mask=mask)
+            summaries.append(summary[:3])
+        else:
+            total, weighted_sum = kernel.summarize(k, v, feature_map, scale, mask)
+            summaries.append((torch.zeros_like(total), total, weighted_sum))
+    maximum, total, weighted_sum = (torch.cat(tensors, dim=1) for tensors in zip(*summaries))
+    return maximum, total, weighted_sum
+
+
+def _windows_of_heads(
+    part: Part, resolutions: Sequence[int], compression: str, weights: Weights
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Keys (B, h, J, K), values (B, h, J, V) and the mask (B, J) of windows, for neighbouring heads of a resolution."""
+    runs = groups(resolutions)
+    sizes = [heads.stop - heads.start for heads, _ in runs]
+    # (Split, not sliced: the gradient of each slice would be a tensor of zeros for all heads.)
+    for (heads, resolution), k, v in zip(runs, torch.split(part.key, sizes, 1), torch.split(part.value, sizes, 1)):
+        k, mask = _compress(k, resolution, part.key_shape, compression, weights[0], heads, part.key_mask)
+        v, _ = _compress(v, resolution, part.key_shape, compression, weights[1], heads, part.key_mask)
+        yield k, v, mask
 
 
 def groups(resolutions: Sequence[int]) -> list[tuple[slice, int]]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lineara.ops.efficient import streaming as efficient
-from lineara.ops.efficient.reference import ContextSummary, context_matrix
 from lineara.ops.kernel import streaming as kernel
 from lineara.ops.multiresolution.reference import groups, on_grid
 from lineara.ops.precision import accumulation_dtype
@@ -40,40 +39,30 @@ def summarize(
     feature_map: str,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The maximum (B, H, K) and total (B, H, K) over windows, and the context (B, H, K, V).
-
-    Under softmax the context is divided by the total; otherwise the maximum means nothing.
-    """
-    maxima: list[Tensor] = []
-    totals: list[Tensor] = []
-    contexts: list[Tensor] = []
+    """The maximum (B, H, K), total (B, H, K) and weighted sum (B, H, K, V) over windows; only softmax has a maximum."""
+    summaries: list[tuple[Tensor, Tensor, Tensor]] = []
     for heads, resolution in groups(compression.resolutions):
         windows = _Windows(resolution, compression, key_mask)
         k = windows.compress(key[:, heads], _of_heads(key_weight, heads))  # (B, h, J, K)
         v = windows.compress(value[:, heads], _of_heads(value_weight, heads))  # (B, h, J, V)
         if feature_map == "softmax":
-            maximum, total, weighted_sum = efficient.summarize(k, v, windows.mask, "softmax", scale)
-            context = context_matrix(ContextSummary(maximum, total, weighted_sum, "softmax", scale))
+            summaries.append(efficient.summarize(k, v, windows.mask, "softmax", scale))
         else:
-            total, context = kernel.summarize(k, v, windows.mask, feature_map, scale)
-            maximum = torch.zeros_like(total)
-        maxima.append(maximum)
-        totals.append(total)
-        contexts.append(context)
-    return torch.cat(maxima, dim=1), torch.cat(totals, dim=1), torch.cat(contexts, dim=1)
+            total, weighted_sum = kernel.summarize(k, v, windows.mask, feature_map, scale)
+            summaries.append((torch.zeros_like(total), total, weighted_sum))
+    maximum, total, weighted_sum = (torch.cat(tensors, dim=1) for tensors in zip(*summaries))
+    return maximum, total, weighted_sum
 
 
 def summarize_backward(
     grad_total: Tensor,
-    grad_context: Tensor,
+    grad_weighted_sum: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
     key_weight: Tensor | None,
     value_weight: Tensor | None,
     maximum: Tensor,
-    total: Tensor,
-    context: Tensor,
     compression: Compression,
     feature_map: str,
     scale: float,
@@ -88,12 +77,11 @@ def summarize_backward(
         of_key = (key[:, heads], _of_heads(key_weight, heads))
         of_value = (value[:, heads], _of_heads(value_weight, heads))
         k, v = windows.compress(*of_key), windows.compress(*of_value)
-        dz, dC = grad_total[:, heads], grad_context[:, heads]
+        ds, dS = grad_total[:, heads], grad_weighted_sum[:, heads]
         if feature_map == "softmax":
-            ds, dS = efficient.context_backward(dC, context[:, heads], total[:, heads])
             dk, dv = efficient.summarize_backward(ds, dS, k, v, windows.mask, maximum[:, heads], "softmax", scale)
         else:
-            dk, dv = kernel.summarize_backward(dz, dC, k, v, windows.mask, feature_map, scale)
+            dk, dv = kernel.summarize_backward(ds, dS, k, v, windows.mask, feature_map, scale)
         for grad, compressed, (tensor, weight), result, result_weight in (
             (dk, k, of_key, grad_key, grad_key_weight),
             (dv, v, of_value, grad_value, grad_value_weight),
