@@ -148,10 +148,10 @@ def test_a_group_needs_torch_distributed(operation):
 
 def test_operations_work_where_torch_has_no_distributed_part(tmp_path):
     program = (
-        "import sys, types, torch\n"
-        "absent = types.ModuleType('torch.distributed')\n"
-        "absent.is_available = lambda: False\n"
-        "sys.modules['torch.distributed'] = torch.distributed = absent\n"
+        "import torch, torch._dynamo\n"  # which looks for what is taken away here
+        "torch.distributed.is_available = lambda: False\n"
+        "for name in ('ProcessGroup', 'P2POp', 'ReduceOp', 'all_reduce', 'is_initialized', 'GroupMember'):\n"
+        "    delattr(torch.distributed, name)\n"
         "from lineara import ops\n"
         "tensor = torch.ones(1, 1, 2, 3)\n"
         "print(ops.efficient_attention(tensor, tensor, tensor).sum())\n"
