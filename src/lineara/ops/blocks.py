@@ -21,9 +21,14 @@ _LONGEST_BLOCK = 8192
 _ONE_BLOCK_ELEMENTS = 2 * 1024 * 1024
 
 
-def fits_one_block(*tensors: Tensor) -> bool:
-    """Whether (B, H, positions, channels) tensors are so small that walking them in blocks costs more than it saves."""
-    return all(tensor.numel() <= _ONE_BLOCK_ELEMENTS for tensor in tensors)
+def in_passes(implementation: str, *tensors: Tensor, always: bool) -> bool:
+    """Whether (B, H, positions, channels) tensors are computed in passes, not by the reference's whole operations.
+
+    Streaming leaves to the reference what is so small that walking it in blocks would cost more than it saves.
+    """
+    if implementation != "streaming" or always:
+        return implementation != "reference"
+    return any(tensor.numel() > _ONE_BLOCK_ELEMENTS for tensor in tensors)
 
 
 class Buffer:
@@ -52,13 +57,19 @@ class Buffer:
 
     @contextmanager
     def storing(self, target: Tensor) -> Generator[Tensor]:
-        """A tensor to compute in, which ends up in the target: the target itself where its dtype allows it."""
-        if target.dtype == self.dtype:
+        """A tensor to compute in, which ends up in the target: the target itself where dtype and layout allow it."""
+        if target.dtype == self.dtype and target.stride(2) == 1:
             yield target
         else:
             result = self.fit(target)
             yield result
             target.copy_(result)
+
+
+def empty_like_query(query: Tensor, channels: int) -> Tensor:
+    """(B, H, N, channels), its axes in the same order in memory as those of the query."""
+    order = sorted(range(4), key=lambda axis: query.stride(axis), reverse=True)
+    return torch.empty_permuted((*query.shape[:3], channels), order, dtype=query.dtype, device=query.device)
 
 
 def blocks(long: Sequence[Tensor], short: Sequence[Tensor]) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:

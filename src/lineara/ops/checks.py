@@ -82,6 +82,53 @@ def check_key_mask(key_mask: Tensor | None, key: Tensor) -> None:
         )
 
 
+def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, tensor_name: str, tensor: Tensor) -> None:
+    """Raise unless this is None, or can say where the sequences packed into the tensor begin.
+
+    Its numbers are not looked at, which would mean waiting for the device.
+    """
+    if cu_seqlens is None:
+        return
+    if not isinstance(cu_seqlens, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {cu_seqlens.dtype}; write {name}.int()")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{name} must have the shape (number of sequences + 1,) with at least one sequence, "
+            f"got {tuple(cu_seqlens.shape)}"
+        )
+    if tensor.shape[0] != 1:
+        raise ValueError(
+            f"{tensor_name} must have a batch size of 1 with {name}, got {tensor.shape[0]}; "
+            "put the sequences one after the other along the positions"
+        )
+    if cu_seqlens.device != tensor.device:
+        raise ValueError(
+            f"{tensor_name} and {name} must be on the same device, got {tensor.device} and {cu_seqlens.device}; "
+            "move one of them"
+        )
+
+
+def check_packing(cu_seqlens_query: Tensor | None, cu_seqlens_key: Tensor | None, query: Tensor, key: Tensor) -> None:
+    """Raise unless queries and keys are packed alike: not at all, or as many sequences of each."""
+    check_cu_seqlens("cu_seqlens_query", cu_seqlens_query, "query", query)
+    check_cu_seqlens("cu_seqlens_key", cu_seqlens_key, "key", key)
+    if (cu_seqlens_query is None) != (cu_seqlens_key is None):
+        raise ValueError(
+            "cu_seqlens_query and cu_seqlens_key must both be given or both be None, got only "
+            f"cu_seqlens_{'query' if cu_seqlens_key is None else 'key'}; pass the same tensor twice for self-attention"
+        )
+    if cu_seqlens_query is not None and cu_seqlens_key is not None:
+        _check_equal_size(
+            "cu_seqlens_query",
+            cu_seqlens_query.shape[0],
+            "cu_seqlens_key",
+            cu_seqlens_key.shape[0],
+            "number of entries",
+        )
+
+
 def check_scale(scale: float) -> None:
     """Raise unless the scale is a finite number (a tensor would get no gradient)."""
     if isinstance(scale, bool) or not isinstance(scale, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -98,12 +145,12 @@ def check_choice(name: str, given: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {given!r}")
 
 
-def check_forward_mode(*tensors: Tensor) -> None:
+def check_forward_mode(impl: str, *tensors: Tensor) -> None:
     """Raise for forward-mode differentiation, which the operators would answer by zeros."""
     if torch.compiler.is_compiling():
         return
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):  # pyright: ignore[reportUnknownMemberType] - torch types it in part
-        raise ValueError("impl must be 'reference' under forward-mode differentiation, got 'streaming'")
+        raise ValueError(f"impl must be 'reference' under forward-mode differentiation, got {impl!r}")
 
 
 def _check_equal_size(first: str, first_size: int, second: str, second_size: int, what: str) -> None:

@@ -4,32 +4,48 @@
 falls back to another one.
 """
 
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from lineara.ops.checks import check_choice
 
 IMPLEMENTATIONS = ("reference", "streaming", "triton")
 
-# What each operation has today.
+# What each operation has.
 _AVAILABLE = {
-    "efficient_attention": ("reference", "streaming"),
-    "kernel_attention": ("reference", "streaming"),
-    "multiresolution_attention": ("reference", "streaming"),
+    "efficient_attention": IMPLEMENTATIONS,
+    "kernel_attention": IMPLEMENTATIONS,
+    "multiresolution_attention": IMPLEMENTATIONS,
     "softmax_attention": ("reference",),
 }
+_WIDEST = 512
+# Wider blocks of float32 do not fit into a multiprocessor's registers.
+_WIDEST_FAST_FLOAT32 = 256
 
 
-def choose_implementation(operation: str, impl: str, query: Tensor) -> str:
+def choose_implementation(operation: str, impl: str, query: Tensor, value: Tensor) -> str:
     """The implementation that runs: `impl` itself where it is explicit, and the rule's choice for "auto"."""
     if impl == "auto":
-        return _rule(operation, query)[0]
+        return _rule(operation, query, value)[0]
     check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     available = _AVAILABLE[operation]
     if impl not in available:
         raise ValueError(
             f"impl must be an implementation that {operation} has ({_listed(available)}), got {impl!r}; use impl='auto'"
         )
+    if impl == "triton" and (obstacle := _obstacle(query, value)):
+        move = "" if query.device.type == "cuda" else " or move the tensors"
+        raise ValueError(f"impl='triton' needs {obstacle}; use impl='auto'{move}")
     return impl
+
+
+def passes(drawer: str, impl: str) -> Any:
+    """The module of an operation's drawer that computes block by block: `streaming` or `triton_kernels`."""
+    return import_module(f"lineara.ops.{drawer}.{'triton_kernels' if impl == 'triton' else impl}")
 
 
 def explain_implementation(query: Tensor, key: Tensor, value: Tensor, *, operation: str = "efficient_attention") -> str:
@@ -58,17 +74,62 @@ def explain_implementation(query: Tensor, key: Tensor, value: Tensor, *, operati
             raise ValueError(
                 f"query and {name} must be on the same device, got {query.device} and {tensor.device}; move one of them"
             )
-    implementation, reason = _rule(operation, query)
+    implementation, reason = _rule(operation, query, value)
     return f"{implementation}: {reason}"
 
 
-def _rule(operation: str, query: Tensor) -> tuple[str, str]:
+def _rule(operation: str, query: Tensor, value: Tensor) -> tuple[str, str]:
     available = _AVAILABLE[operation]
     if len(available) == 1:
         return available[0], f"the only implementation of {operation}"
-    if query.device.type == "cpu":
+    device = query.device.type
+    if device == "cpu":
         return "streaming", "the tensors are on the CPU, where blocks that stay in its cache are fastest"
-    return "reference", f"the tensors are on {query.device.type}, where few large operations beat many blocks"
+    if device != "cuda":
+        return "reference", f"the tensors are on {device}, where few large operations beat many blocks"
+    if obstacle := _obstacle(query, value):
+        return "reference", f"the fused kernels need {obstacle}"
+    if query.dtype == torch.float32 and _widest(query, value) > _WIDEST_FAST_FLOAT32:
+        return (
+            "reference",
+            f"in float32 the fused kernels are made for at most {_WIDEST_FAST_FLOAT32} channels per head",
+        )
+    return "triton", "the tensors are on a GPU, where the fused kernels read and write each of them once"
+
+
+def _obstacle(query: Tensor, value: Tensor) -> str | None:
+    """What the Triton kernels need and these tensors lack, as the rest of a sentence; None where they can run."""
+    if lacking := _lacking_on(query.device.type, query.device.index):
+        return lacking
+    if query.dtype == torch.float64:
+        return "float32, float16 or bfloat16 tensors, got torch.float64"
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        return "float32 or float16 tensors in Triton's interpreter, which gets bfloat16 wrong, got torch.bfloat16"
+    if (widest := _widest(query, value)) > _WIDEST:
+        return f"at most {_WIDEST} key and value channels per head, got {widest}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _lacking_on(device_type: str, index: int | None) -> str | None:
+    """What a device lacks."""
+    if find_spec("triton") is None:
+        return "the package triton, which is not installed"
+    import triton
+
+    if device_type == "cpu" and triton.knobs.runtime.interpret:
+        return None
+    if device_type != "cuda":
+        return f"CUDA tensors, got {device_type}"
+    if torch.version.hip is not None:
+        return "an NVIDIA GPU, got one of AMD"
+    if (capability := torch.cuda.get_device_capability(index)) < (8, 0):
+        return "a GPU of compute capability 8.0 or newer, got {}.{}".format(*capability)
+    return None
+
+
+def _widest(query: Tensor, value: Tensor) -> int:
+    return max(query.shape[3], value.shape[3])
 
 
 def _listed(names: tuple[str, ...]) -> str:

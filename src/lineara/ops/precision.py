@@ -1,9 +1,11 @@
 """The dtypes that the operations compute in."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef, Library
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -11,9 +13,41 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_autocast(*tensors: Tensor | None) -> list[Any]:
+    """The tensors in the dtype that torch.autocast asks for, as its products have them; float64 stays as it is.
+
+    (For a list of tensors and Nones, which are kept: Any, because each is what the caller gave.)
+    """
+    there = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if not there or not _autocasts(there[0]) or any(tensor.dtype == torch.float64 for tensor in there):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(there[0].device.type)
+    return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """The products keep the precision of the inputs, as their docstrings say; inputs come cast already."""
+    """Products inside an operation keep the precision of its inputs, as its docstring says."""
+    return torch.autocast(tensor.device.type, enabled=False) if _autocasts(tensor) else nullcontext()
+
+
+def register_autocast(name: str, operator: CustomOpDef, num_inputs: int) -> None:
+    """Let lineara::name cast its first inputs under torch.autocast, to the dtype asked for there and then.
+
+    (torch.library.register_autocast knows one dtype for ever.)
+    """
+
+    def cast(*arguments: Any) -> Any:
+        tensors = as_autocast(*arguments[:num_inputs])
+        with without_autocast(arguments[0]):
+            return operator(*tensors, *arguments[num_inputs:])
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        _LIBRARY.impl(name, cast, key)
+
+
+_LIBRARY = Library("lineara", "FRAGMENT")
+
+
+def _autocasts(tensor: Tensor) -> bool:
     device_type = tensor.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

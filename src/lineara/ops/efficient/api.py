@@ -4,12 +4,14 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lineara.ops.blocks import fits_one_block
+from lineara.ops.blocks import in_passes
 from lineara.ops.checks import (
     check_choice,
+    check_cu_seqlens,
     check_forward_mode,
     check_key_and_value,
     check_key_mask,
+    check_packing,
     check_query_and_key,
     check_same_dtype_and_device,
     check_scale,
@@ -18,7 +20,8 @@ from lineara.ops.checks import (
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.efficient import operators, reference
 from lineara.ops.efficient.reference import ContextSummary, context_matrix
-from lineara.ops.precision import accumulation_dtype, without_autocast
+from lineara.ops.packed import in_sequences
+from lineara.ops.precision import accumulation_dtype, as_autocast, without_autocast
 from lineara.ops.sequence_parallel import name_of_group
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ def efficient_attention(
     normalization: str = "softmax",
     scale: float = 1.0,
     key_mask: Tensor | None = None,
+    cu_seqlens_query: Tensor | None = None,
+    cu_seqlens_key: Tensor | None = None,
     impl: str = "auto",
     group: "Group" = None,
 ) -> Tensor:
@@ -56,7 +61,13 @@ def efficient_attention(
             author confirms in the tracker of the published module.
         key_mask: boolean (batch, key positions), True = takes part. What a masked position holds, NaN and inf
             included, reaches neither the output nor a gradient. An item without a valid position gives zeros.
-        impl: `"auto"`, `"reference"` or `"streaming"`: the means, never the mathematics.
+        cu_seqlens_query: for sequences of several lengths, packed one after the other into a batch of one: where each
+            begins, and last where the last one ends, (number of sequences + 1,) of int32 or int64, rising from 0 to the
+            number of query positions. Each sequence attends to its own keys. `"triton"` cannot look at the numbers
+            without waiting for the GPU: there, positions that they leave out get zeros.
+        cu_seqlens_key: the same for keys and values.
+        impl: `"auto"`, `"reference"`, `"streaming"` or `"triton"`: the means, never the mathematics. `"triton"` needs
+            a GPU, at most 512 channels per head and no float64; `explain_implementation` says what `"auto"` picks.
         group: the ranks over which the positions are sharded, a torch.distributed ProcessGroup or a DeviceMesh of one
             dimension: every rank passes its own part of queries, keys and values, and gets the answers to its own
             queries. None: all positions are here. All ranks must call alike (in shapes but those of positions, dtypes,
@@ -85,18 +96,19 @@ def efficient_attention(
     check_key_and_value(key, value)
     check_query_and_key(query, key)
     check_key_mask(key_mask, key)
+    check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
     check_scale(scale)
+    query, key, value = as_autocast(query, key, value)
     group_name = name_of_group(group)
-    implementation = choose_implementation("efficient_attention", impl, query)
+    tensors = (query, key, value, key_mask, cu_seqlens_query, cu_seqlens_key)
+    implementation = choose_implementation("efficient_attention", impl, query, value)
     # (Ranks must not differ in what they exchange, whichever of them holds little.)
-    if implementation == "streaming" and (group_name or not fits_one_block(query, key, value)):
-        check_forward_mode(query, key, value)
-        return operators.efficient_attention(query, key, value, key_mask, normalization, float(scale), group_name)[0]
+    if in_passes(implementation, query, key, value, always=bool(group_name) or cu_seqlens_key is not None):
+        check_forward_mode(implementation, query, key, value)
+        return operators.efficient_attention(*tensors, normalization, float(scale), group_name, implementation)[0]
     with without_autocast(query):
-        return reference.efficient_attention(
-            query, key, value, normalization=normalization, scale=scale, key_mask=key_mask, group_name=group_name
-        )
+        return reference.efficient_attention(*tensors, normalization=normalization, scale=scale, group_name=group_name)
 
 
 def summarize_context(
@@ -106,6 +118,7 @@ def summarize_context(
     normalization: str = "softmax",
     scale: float = 1.0,
     key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     impl: str = "auto",
 ) -> ContextSummary:
     """Summarise keys and values to what efficient attention needs of them, whatever their number of positions.
@@ -122,7 +135,8 @@ def summarize_context(
         normalization: `"softmax"` or `"scaling"`.
         scale: multiplies the key here, and the query in `attend_context`, which reads it from the summary.
         key_mask: boolean (batch, key positions), True = takes part.
-        impl: `"auto"`, `"reference"` or `"streaming"`.
+        cu_seqlens: of packed sequences, as `efficient_attention` has them; the summary has one item per sequence.
+        impl: `"auto"`, `"reference"`, `"streaming"` or `"triton"`.
 
     Returns:
         A named tuple of `maximum` m and `total` s, both (batch, heads, key channels), `weighted_sum` S
@@ -139,15 +153,17 @@ def summarize_context(
     check_key_and_value(key, value)
     check_key_mask(key_mask, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, "key", key)
     check_scale(scale)
-    if choose_implementation("efficient_attention", impl, key) == "streaming":
-        check_forward_mode(key, value)
-        maximum, total, weighted_sum = operators.summarize_context(key, value, key_mask, normalization, float(scale))
-        return ContextSummary(maximum, total, weighted_sum, normalization, float(scale))
+    key, value = as_autocast(key, value)
+    implementation = choose_implementation("efficient_attention", impl, key, value)
+    tensors = (key, value, key_mask, cu_seqlens)
+    if implementation != "reference":
+        check_forward_mode(implementation, key, value)
+        summary = operators.summarize_context(*tensors, normalization, float(scale), implementation)
+        return ContextSummary(*summary, normalization, float(scale))
     with without_autocast(key):
-        return reference.summarize_context(
-            key, value, normalization=normalization, scale=float(scale), key_mask=key_mask
-        )
+        return reference.summarize_context(*tensors, normalization=normalization, scale=float(scale))
 
 
 def merge_contexts(first: ContextSummary, *others: ContextSummary, group: "Group" = None) -> ContextSummary:
@@ -193,7 +209,9 @@ def merge_contexts(first: ContextSummary, *others: ContextSummary, group: "Group
     return reference.merge_over_group(merged, group_name) if group_name else merged
 
 
-def attend_context(query: Tensor, context: ContextSummary, *, impl: str = "auto") -> Tensor:
+def attend_context(
+    query: Tensor, context: ContextSummary, *, cu_seqlens: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
     """Answer queries from a summary of keys and values, as `efficient_attention` would from the keys and values.
 
         O = rho_q(scale Q) (S / s)
@@ -201,7 +219,8 @@ def attend_context(query: Tensor, context: ContextSummary, *, impl: str = "auto"
     Args:
         query: (batch, heads, query positions, key channels).
         context: the summary, from `summarize_context` or `merge_contexts`; it carries normalisation and scale.
-        impl: `"auto"`, `"reference"` or `"streaming"`.
+        cu_seqlens: of packed sequences, as `efficient_attention` has them; the context has one item per sequence.
+        impl: `"auto"`, `"reference"`, `"streaming"` or `"triton"`.
 
     Returns:
         (batch, heads, query positions, value channels), in the dtype of the query; zeros where the summary is empty.
@@ -217,11 +236,13 @@ def attend_context(query: Tensor, context: ContextSummary, *, impl: str = "auto"
     """
     check_tensor("query", query)
     _check_summary(context)
-    expected = (query.shape[0], query.shape[1], query.shape[3])
+    check_cu_seqlens("cu_seqlens", cu_seqlens, "query", query)
+    (query,) = as_autocast(query)
+    expected = (in_sequences(query, cu_seqlens), query.shape[1], query.shape[3])
     if tuple(context.total.shape) != expected:
         raise ValueError(
-            "query and context must have the same batch size, number of heads and key channels, got "
-            f"{expected} and {tuple(context.total.shape)}"
+            "query and context must have the same batch size (with cu_seqlens: number of sequences), number of heads "
+            f"and key channels, got {expected} and {tuple(context.total.shape)}"
         )
     if accumulation_dtype(query.dtype) != context.total.dtype:
         raise TypeError(
@@ -233,11 +254,13 @@ def attend_context(query: Tensor, context: ContextSummary, *, impl: str = "auto"
             f"query and context must be on the same device, got {query.device} and {context.total.device}; "
             "move one of them"
         )
-    if choose_implementation("efficient_attention", impl, query) == "streaming":
-        check_forward_mode(query, context.weighted_sum)
-        return operators.attend_context(query, context_matrix(context), context.normalization, context.scale)
+    implementation = choose_implementation("efficient_attention", impl, query, context.weighted_sum)
+    if implementation != "reference":
+        check_forward_mode(implementation, query, context.weighted_sum)
+        matrix = context_matrix(context)
+        return operators.attend_context(query, matrix, cu_seqlens, context.normalization, context.scale, implementation)
     with without_autocast(query):
-        return reference.attend_context(query, context)
+        return reference.attend_context(query, context, cu_seqlens)
 
 
 def _check_summary(context: ContextSummary) -> None:

@@ -1,7 +1,7 @@
-"""The streaming implementation as operators of torch.library: one boundary per call, with gradients of any order.
+"""The implementations in passes (`streaming`, `triton`) as operators of torch.library: one boundary per call.
 
-torch.compile and torch.export see one opaque node instead of a loop, so that no length and no number of blocks is
-compiled in. Where gradients of gradients are asked for, the backward pass is that of the reference.
+torch.compile and torch.export see one opaque node, so that no length and no number of blocks is compiled in. Where
+gradients of gradients are asked for, the backward pass is that of the reference.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from lineara.ops.blocks import empty_like_query
 from lineara.ops.differentiation import reference_gradients
-from lineara.ops.efficient import reference, streaming
+from lineara.ops.dispatch import passes
+from lineara.ops.efficient import reference
 from lineara.ops.efficient.reference import ContextSummary
-from lineara.ops.precision import accumulation_dtype
+from lineara.ops.efficient.streaming import context_backward
+from lineara.ops.packed import in_sequences
+from lineara.ops.precision import accumulation_dtype, register_autocast
 from lineara.ops.sequence_parallel import sum_over_group
 
 
@@ -27,15 +31,19 @@ def efficient_attention(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
+    cu_seqlens_query: Tensor | None,
+    cu_seqlens_key: Tensor | None,
     normalization: str,
     scale: float,
-    group_name: str = "",
+    group_name: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and what the backward pass needs beside the inputs: maximum, total and context matrix."""
-    maximum, total, weighted_sum = streaming.summarize(key, value, key_mask, normalization, scale)
-    summary = ContextSummary(maximum, total, weighted_sum, normalization, scale)
+    run = passes("efficient", impl)
+    summary = run.summarize(key, value, key_mask, normalization, scale, cu_seqlens_key)
+    summary = ContextSummary(*summary, normalization, scale)
     maximum, total, context = reference.context_over_ranks(summary, group_name)
-    return streaming.attend(query, context, normalization, scale), maximum, total, context
+    return run.attend(query, context, normalization, scale, cu_seqlens_query), maximum, total, context
 
 
 @custom_op("lineara::efficient_attention_backward", mutates_args=())
@@ -45,28 +53,38 @@ def efficient_attention_backward(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
+    cu_seqlens_query: Tensor | None,
+    cu_seqlens_key: Tensor | None,
     maximum: Tensor,
     total: Tensor,
     context: Tensor,
     normalization: str,
     scale: float,
-    group_name: str = "",
+    group_name: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_query, grad_context = streaming.attend_backward(grad_output, query, context, normalization, scale)
+    run = passes("efficient", impl)
+    grad_query, grad_context = run.attend_backward(grad_output, query, context, normalization, scale, cu_seqlens_query)
     if group_name:
         grad_context = sum_over_group(grad_context, group_name)
-    grad_total, grad_weighted_sum = streaming.context_backward(grad_context, context, total)
-    grad_key, grad_value = streaming.summarize_backward(
-        grad_total, grad_weighted_sum, key, value, key_mask, maximum, normalization, scale
+    grad_total, grad_weighted_sum = context_backward(grad_context, context, total)
+    grad_key, grad_value = run.summarize_backward(
+        grad_total, grad_weighted_sum, key, value, key_mask, maximum, normalization, scale, cu_seqlens_key
     )
     return grad_query, grad_key, grad_value
 
 
 @custom_op("lineara::summarize_context", mutates_args=())
 def summarize_context(
-    key: Tensor, value: Tensor, key_mask: Tensor | None, normalization: str, scale: float
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    normalization: str,
+    scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return streaming.summarize(key, value, key_mask, normalization, scale)
+    return passes("efficient", impl).summarize(key, value, key_mask, normalization, scale, cu_seqlens)
 
 
 @custom_op("lineara::summarize_context_backward", mutates_args=())
@@ -76,141 +94,155 @@ def summarize_context_backward(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     maximum: Tensor,
     normalization: str,
     scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return streaming.summarize_backward(
-        grad_total, grad_weighted_sum, key, value, key_mask, maximum, normalization, scale
+    return passes("efficient", impl).summarize_backward(
+        grad_total, grad_weighted_sum, key, value, key_mask, maximum, normalization, scale, cu_seqlens
     )
 
 
 @custom_op("lineara::attend_context", mutates_args=())
-def attend_context(query: Tensor, context: Tensor, normalization: str, scale: float) -> Tensor:
-    return streaming.attend(query, context, normalization, scale)
+def attend_context(
+    query: Tensor, context: Tensor, cu_seqlens: Tensor | None, normalization: str, scale: float, impl: str
+) -> Tensor:
+    return passes("efficient", impl).attend(query, context, normalization, scale, cu_seqlens)
 
 
 @custom_op("lineara::attend_context_backward", mutates_args=())
 def attend_context_backward(
-    grad_output: Tensor, query: Tensor, context: Tensor, normalization: str, scale: float
+    grad_output: Tensor,
+    query: Tensor,
+    context: Tensor,
+    cu_seqlens: Tensor | None,
+    normalization: str,
+    scale: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return streaming.attend_backward(grad_output, query, context, normalization, scale)
+    return passes("efficient", impl).attend_backward(grad_output, query, context, normalization, scale, cu_seqlens)
 
 
-# Shapes and dtypes, for tracing without data.
+# Shapes, dtypes and layouts, for tracing without data.
 
 
 @efficient_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: Any):
-    maximum, total, context = _fake_summary(key, value)
-    return query.new_empty((*query.shape[:3], value.shape[3])), maximum, total, context
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens_query: Tensor | None,
+    cu_seqlens_key: Tensor | None,
+    *_: Any,
+):
+    maximum, total, context = _fake_summary(key, value, cu_seqlens_key)
+    return empty_like_query(query, value.shape[3]), maximum, total, context
 
 
 @efficient_attention_backward.register_fake
 def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any):
-    return _fake_contiguous(query), _fake_contiguous(key), _fake_contiguous(value)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 @summarize_context.register_fake
-def _(key: Tensor, value: Tensor, key_mask: Tensor | None, normalization: str, scale: float):
-    return _fake_summary(key, value)
+def _(key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, *_: Any):
+    return _fake_summary(key, value, cu_seqlens)
 
 
 @summarize_context_backward.register_fake
 def _(grad_total: Tensor, grad_weighted_sum: Tensor, key: Tensor, value: Tensor, *_: Any):
-    return _fake_contiguous(key), _fake_contiguous(value)
+    return torch.empty_like(key), torch.empty_like(value)
 
 
 @attend_context.register_fake
-def _(query: Tensor, context: Tensor, normalization: str, scale: float):
-    return query.new_empty((*query.shape[:3], context.shape[3]))
+def _(query: Tensor, context: Tensor, *_: Any):
+    return empty_like_query(query, context.shape[3])
 
 
 @attend_context_backward.register_fake
-def _(grad_output: Tensor, query: Tensor, context: Tensor, normalization: str, scale: float):
-    return _fake_contiguous(query), torch.empty_like(context)
+def _(grad_output: Tensor, query: Tensor, context: Tensor, *_: Any):
+    return torch.empty_like(query), torch.empty_like(context, memory_format=torch.contiguous_format)
 
 
-def _fake_summary(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, _, key_dim = key.shape
-    wide = accumulation_dtype(key.dtype)
-    maximum = key.new_empty((batch, heads, key_dim), dtype=wide)
-    return (
-        maximum,
-        torch.empty_like(maximum),
-        key.new_empty((batch, heads, key_dim, value.shape[3]), dtype=wide),
-    )
-
-
-def _fake_contiguous(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+def _fake_summary(key: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (in_sequences(key, cu_seqlens), key.shape[1], key.shape[3])
+    maximum = key.new_empty(shape, dtype=accumulation_dtype(key.dtype))
+    return maximum, torch.empty_like(maximum), maximum.new_empty((*shape, value.shape[3]))
 
 
 # Gradients.
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, key_mask, ctx.normalization, ctx.scale, ctx.group_name = inputs
-    ctx.save_for_backward(query, key, value, key_mask, *output[1:])
+    tensors, ctx.options = inputs[:6], inputs[6:]
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _attention_gradients(ctx: Any, grad_output: Tensor | None, *_: None):
-    query, key, value, key_mask, maximum, total, context = ctx.saved_tensors
-    options = {"normalization": ctx.normalization, "scale": ctx.scale, "group_name": ctx.group_name}
     if grad_output is None:
-        return (None,) * 7
+        return (None,) * 10
+    *tensors, maximum, total, context = ctx.saved_tensors
     if torch.is_grad_enabled():
+        normalization, scale, group_name, _ = ctx.options
 
         def forward(query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
-            return [reference.efficient_attention(query, key, value, key_mask=key_mask, **options)]
+            options = {"normalization": normalization, "scale": scale, "group_name": group_name}
+            return [reference.efficient_attention(query, key, value, *tensors[3:], **options)]
 
-        gradients = reference_gradients(forward, (query, key, value), [grad_output])
+        gradients = reference_gradients(forward, tensors[:3], [grad_output])
     else:
-        gradients = efficient_attention_backward(
-            grad_output, query, key, value, key_mask, maximum, total, context, **options
-        )
-    return *gradients, None, None, None, None
+        gradients = efficient_attention_backward(grad_output, *tensors, maximum, total, context, *ctx.options)
+    return *gradients, *((None,) * 7)
 
 
 def _save_summary(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    key, value, key_mask, ctx.normalization, ctx.scale = inputs
-    ctx.save_for_backward(key, value, key_mask, output[0])
+    tensors, ctx.options = inputs[:4], inputs[4:]
+    ctx.save_for_backward(*tensors, output[0])
     ctx.mark_non_differentiable(output[0])
 
 
 def _summary_gradients(ctx: Any, _: Tensor, grad_total: Tensor, grad_weighted_sum: Tensor):
-    key, value, key_mask, maximum = ctx.saved_tensors
-    options = {"normalization": ctx.normalization, "scale": ctx.scale}
+    *tensors, maximum = ctx.saved_tensors
     if torch.is_grad_enabled():
+        normalization, scale, _ = ctx.options
 
         def forward(key: Tensor, value: Tensor) -> Sequence[Tensor]:
-            return reference.summarize_context(key, value, key_mask=key_mask, **options)[1:3]
+            summary = reference.summarize_context(key, value, *tensors[2:], normalization=normalization, scale=scale)
+            return summary[1:3]
 
-        gradients = reference_gradients(forward, (key, value), [grad_total, grad_weighted_sum])
+        gradients = reference_gradients(forward, tensors[:2], [grad_total, grad_weighted_sum])
     else:
-        gradients = summarize_context_backward(grad_total, grad_weighted_sum, key, value, key_mask, maximum, **options)
-    return *gradients, None, None, None
+        gradients = summarize_context_backward(grad_total, grad_weighted_sum, *tensors, maximum, *ctx.options)
+    return *gradients, *((None,) * 5)
 
 
 def _save_attend(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, context, ctx.normalization, ctx.scale = inputs
-    ctx.save_for_backward(query, context)
+    tensors, ctx.options = inputs[:3], inputs[3:]
+    ctx.save_for_backward(*tensors)
 
 
 def _attend_gradients(ctx: Any, grad_output: Tensor):
-    query, context = ctx.saved_tensors
+    query, context, cu_seqlens = ctx.saved_tensors
     if torch.is_grad_enabled():
+        normalization, scale, _ = ctx.options
 
         def forward(query: Tensor, context: Tensor) -> Sequence[Tensor]:
-            return [reference.apply_context(query, context, ctx.normalization, ctx.scale)]
+            return [reference.apply_context(query, context, normalization, scale, cu_seqlens)]
 
         gradients = reference_gradients(forward, (query, context), [grad_output])
     else:
-        gradients = attend_context_backward(grad_output, query, context, ctx.normalization, ctx.scale)
-    return *gradients, None, None
+        gradients = attend_context_backward(grad_output, query, context, cu_seqlens, *ctx.options)
+    return *gradients, *((None,) * 4)
 
 
 efficient_attention.register_autograd(_attention_gradients, setup_context=_save_attention)
 summarize_context.register_autograd(_summary_gradients, setup_context=_save_summary)
 attend_context.register_autograd(_attend_gradients, setup_context=_save_attend)
+
+register_autocast("efficient_attention", efficient_attention, 3)
+register_autocast("summarize_context", summarize_context, 2)
+register_autocast("attend_context", attend_context, 1)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lineara.ops.packed import by_sequence, joined, stacked
 from lineara.ops.precision import accumulation_dtype
 from lineara.ops.sequence_parallel import context_over_group, maximum_over_group, sums_over_group
 
@@ -36,23 +37,35 @@ def efficient_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens_query: Tensor | None = None,
+    cu_seqlens_key: Tensor | None = None,
     *,
     normalization: str,
     scale: float,
-    key_mask: Tensor | None,
     group_name: str = "",
 ) -> Tensor:
     if group_name:
-        summary = summarize_context(key, value, normalization=normalization, scale=scale, key_mask=key_mask)
+        summary = summarize_context(key, value, key_mask, cu_seqlens_key, normalization=normalization, scale=scale)
         context = context_over_ranks(summary, group_name)[2]
     else:
-        context = context_of(key, value, normalization, scale, key_mask)
-    return apply_context(query, context, normalization, scale)
+        context = context_of(key, value, normalization, scale, key_mask, cu_seqlens_key)
+    return apply_context(query, context, normalization, scale, cu_seqlens_query)
 
 
 def summarize_context(
-    key: Tensor, value: Tensor, *, normalization: str, scale: float, key_mask: Tensor | None
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    normalization: str,
+    scale: float,
 ) -> ContextSummary:
+    if cu_seqlens is not None:
+        options = {"normalization": normalization, "scale": scale}
+        parts = by_sequence(lambda *part: summarize_context(*part, **options)[:3], cu_seqlens, (key, value, key_mask))
+        return ContextSummary(*stacked(parts), normalization, scale)
     num_valid = count_positions(key, key_mask)  # (B, H, K)
     fill = -torch.inf if normalization == "softmax" else 0.0
     key, value = prepare(key, value, scale, key_mask, fill)  # (B, H, M, K), (B, H, M, V)
@@ -94,8 +107,8 @@ def context_over_ranks(summary: ContextSummary, group_name: str) -> tuple[Tensor
     return summary.maximum, total, context
 
 
-def attend_context(query: Tensor, summary: ContextSummary) -> Tensor:
-    return apply_context(query, context_matrix(summary), summary.normalization, summary.scale)
+def attend_context(query: Tensor, summary: ContextSummary, cu_seqlens: Tensor | None = None) -> Tensor:
+    return apply_context(query, context_matrix(summary), summary.normalization, summary.scale, cu_seqlens)
 
 
 def _of_common_maximum(summary: ContextSummary, group_name: str) -> ContextSummary:
@@ -109,7 +122,12 @@ def _of_common_maximum(summary: ContextSummary, group_name: str) -> ContextSumma
     )
 
 
-def apply_context(query: Tensor, context: Tensor, normalization: str, scale: float) -> Tensor:
+def apply_context(
+    query: Tensor, context: Tensor, normalization: str, scale: float, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    if cu_seqlens is not None:
+        one = lambda *part: (apply_context(*part, normalization, scale),)  # noqa: E731
+        return joined(by_sequence(one, cu_seqlens, (query,), (context,)))[0]
     scaled = times_scale(query, scale)  # (B, H, N, K)
     weights = scaled.softmax(dim=3) if normalization == "softmax" else scaled
     return (weights @ context).to(query.dtype)  # (B, H, N, V)
@@ -142,8 +160,18 @@ def finite_shift(maximum: Tensor) -> Tensor:
     return maximum.masked_fill(maximum == -torch.inf, 0.0)
 
 
-def context_of(key: Tensor, value: Tensor, normalization: str, scale: float, key_mask: Tensor | None) -> Tensor:
+def context_of(
+    key: Tensor,
+    value: Tensor,
+    normalization: str,
+    scale: float,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """rho_k(K)^T V: (B, H, K, V). (A function, so that its long tensors are gone when the queries' turn comes.)"""
+    if cu_seqlens is not None:
+        one = lambda k, v, mask: (context_of(k, v, normalization, scale, mask),)  # noqa: E731
+        return stacked(by_sequence(one, cu_seqlens, (key, value, key_mask)))[0]
     softmax = normalization == "softmax"
     # The lowest number, not -inf, so that the softmax of an item without valid positions is not NaN.
     fill = torch.finfo(accumulation_dtype(key.dtype)).min if softmax else 0.0

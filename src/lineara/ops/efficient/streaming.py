@@ -11,15 +11,25 @@ M key positions, K key channels, V value channels.
 import torch
 from torch import Tensor
 
-from lineara.ops.blocks import Buffer, blocks, hidden_positions
+from lineara.ops.blocks import Buffer, blocks, empty_like_query, hidden_positions
 from lineara.ops.efficient.reference import count_positions, finite_shift
+from lineara.ops.packed import by_sequence, joined, stacked
 from lineara.ops.precision import accumulation_dtype
 
 
 def summarize(
-    key: Tensor, value: Tensor, key_mask: Tensor | None, normalization: str, scale: float
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    normalization: str,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maximum (B, H, K), total (B, H, K) and weighted sum (B, H, K, V) of `reference.ContextSummary`."""
+    if cu_seqlens is not None:
+        parts = by_sequence(lambda *part: summarize(*part, normalization, scale), cu_seqlens, (key, value, key_mask))
+        maximum, total, weighted_sum = stacked(parts)
+        return maximum, total, weighted_sum
     softmax = normalization == "softmax"
     wide = accumulation_dtype(key.dtype)
     batch, heads, _, key_dim = key.shape
@@ -53,14 +63,22 @@ def summarize_backward(
     maximum: Tensor,
     normalization: str,
     scale: float,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of key and value: with E = exp(K - m), dV = E dS and dK = E * (V dS^T + ds).
 
     For scaling dV = K dS and dK = V dS^T.
     """
+    if cu_seqlens is not None:
+
+        def of_one(key: Tensor, value: Tensor, key_mask: Tensor | None, *short: Tensor):
+            return summarize_backward(*short[:2], key, value, key_mask, short[2], normalization, scale)
+
+        short = (grad_total, grad_weighted_sum, maximum)
+        grad_key, grad_value = joined(by_sequence(of_one, cu_seqlens, (key, value, key_mask), short))
+        return grad_key, grad_value
     softmax = normalization == "softmax"
-    grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
-    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     hidden = hidden_positions(key_mask, key)
     shift = finite_shift(maximum)
     key_buffer, value_buffer = Buffer(key), Buffer(value)
@@ -96,9 +114,14 @@ def context_backward(grad_context: Tensor, context: Tensor, total: Tensor) -> tu
     return -(context * grad_weighted_sum).sum(dim=3), grad_weighted_sum
 
 
-def attend(query: Tensor, context: Tensor, normalization: str, scale: float) -> Tensor:
+def attend(
+    query: Tensor, context: Tensor, normalization: str, scale: float, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """The query weights of every position, times the context matrix: (B, H, N, V)."""
-    output = query.new_empty((*query.shape[:3], context.shape[3]))
+    if cu_seqlens is not None:
+        parts = by_sequence(lambda *part: (attend(*part, normalization, scale),), cu_seqlens, (query,), (context,))
+        return joined(parts)[0]
+    output = empty_like_query(query, context.shape[3])
     query_buffer, output_buffer = Buffer(query), Buffer(output)
     for (q, o), (C,) in blocks((query, output), (context,)):
         with output_buffer.storing(o) as product:
@@ -107,14 +130,24 @@ def attend(query: Tensor, context: Tensor, normalization: str, scale: float) -> 
 
 
 def attend_backward(
-    grad_output: Tensor, query: Tensor, context: Tensor, normalization: str, scale: float
+    grad_output: Tensor,
+    query: Tensor,
+    context: Tensor,
+    normalization: str,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and context: with weights W and G = dO C^T, dC = W^T dO and dQ = W * (G - rowsum(W * G)).
 
     For scaling dQ = G.
     """
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    grad_context = torch.zeros_like(context)
+    if cu_seqlens is not None:
+        parts = by_sequence(
+            lambda *part: attend_backward(*part, normalization, scale), cu_seqlens, (grad_output, query), (context,)
+        )
+        return joined([part[:1] for part in parts])[0], stacked([part[1:] for part in parts])[0]
+    grad_query = torch.empty_like(query)
+    grad_context = torch.zeros_like(context, memory_format=torch.contiguous_format)
     query_buffer, output_buffer, grad_query_buffer = Buffer(query), Buffer(grad_output), Buffer(query)
     for (q, do, dq), (C, dC) in blocks((query, grad_output, grad_query), (context, grad_context)):
         weights = _query_weights(q, query_buffer, normalization, scale)  # (R, n, K)

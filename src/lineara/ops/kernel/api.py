@@ -4,18 +4,19 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lineara.ops.blocks import fits_one_block
+from lineara.ops.blocks import in_passes
 from lineara.ops.checks import (
     check_choice,
     check_forward_mode,
     check_key_and_value,
     check_key_mask,
+    check_packing,
     check_query_and_key,
     check_scale,
 )
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.kernel import operators, reference
-from lineara.ops.precision import without_autocast
+from lineara.ops.precision import as_autocast, without_autocast
 from lineara.ops.sequence_parallel import name_of_group
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def kernel_attention(
     feature_map: str = "elu",
     scale: float = 1.0,
     key_mask: Tensor | None = None,
+    cu_seqlens_query: Tensor | None = None,
+    cu_seqlens_key: Tensor | None = None,
     impl: str = "auto",
     group: "Group" = None,
 ) -> Tensor:
@@ -52,7 +55,10 @@ def kernel_attention(
         scale: multiplies both query and key; under relu a positive one changes nothing.
         key_mask: boolean (batch, key positions), True = takes part. What a masked position holds, NaN and inf
             included, reaches neither the output nor a gradient. An item without a valid position gives zeros.
-        impl: `"auto"`, `"reference"` or `"streaming"`: the means, never the mathematics.
+        cu_seqlens_query: of packed sequences, as `efficient_attention` has them.
+        cu_seqlens_key: the same for keys and values.
+        impl: `"auto"`, `"reference"`, `"streaming"` or `"triton"`: the means, never the mathematics. `"triton"` needs
+            a GPU, at most 512 channels per head and no float64; `explain_implementation` says what `"auto"` picks.
         group: the ranks over which the positions are sharded, as `efficient_attention` has it.
 
     Returns:
@@ -79,12 +85,13 @@ def kernel_attention(
     check_key_mask(key_mask, key)
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     check_scale(scale)
+    check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
+    query, key, value = as_autocast(query, key, value)
     group_name = name_of_group(group)
-    implementation = choose_implementation("kernel_attention", impl, query)
-    if implementation == "streaming" and (group_name or not fits_one_block(query, key, value)):
-        check_forward_mode(query, key, value)
-        return operators.kernel_attention(query, key, value, key_mask, feature_map, float(scale), group_name)[0]
+    tensors = (query, key, value, key_mask, cu_seqlens_query, cu_seqlens_key)
+    implementation = choose_implementation("kernel_attention", impl, query, value)
+    if in_passes(implementation, query, key, value, always=bool(group_name) or cu_seqlens_key is not None):
+        check_forward_mode(implementation, query, key, value)
+        return operators.kernel_attention(*tensors, feature_map, float(scale), group_name, implementation)[0]
     with without_autocast(query):
-        return reference.kernel_attention(
-            query, key, value, feature_map=feature_map, scale=scale, key_mask=key_mask, group_name=group_name
-        )
+        return reference.kernel_attention(*tensors, feature_map=feature_map, scale=scale, group_name=group_name)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lineara.ops.efficient.reference import prepare, times_scale
+from lineara.ops.packed import by_sequence, joined, stacked
 from lineara.ops.sequence_parallel import sums_over_group
 
 
@@ -14,22 +15,33 @@ def kernel_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens_query: Tensor | None = None,
+    cu_seqlens_key: Tensor | None = None,
     *,
     feature_map: str,
     scale: float,
-    key_mask: Tensor | None,
     group_name: str = "",
 ) -> Tensor:
-    total, weighted_sum = summarize(key, value, feature_map, scale, key_mask)
+    total, weighted_sum = summarize(key, value, feature_map, scale, key_mask, cu_seqlens_key)
     if group_name:
         total, weighted_sum = sums_over_group(total, weighted_sum, group_name)
-    return apply(query, total, weighted_sum, feature_map, scale)
+    return apply(query, total, weighted_sum, feature_map, scale, cu_seqlens_query)
 
 
 def summarize(
-    key: Tensor, value: Tensor, feature_map: str, scale: float, key_mask: Tensor | None
+    key: Tensor,
+    value: Tensor,
+    feature_map: str,
+    scale: float,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sums over positions of phi(key), (B, H, K), and of phi(key)^T value, (B, H, K, V)."""
+    if cu_seqlens is not None:
+        one = lambda k, v, mask: summarize(k, v, feature_map, scale, mask)  # noqa: E731
+        total, weighted_sum = stacked(by_sequence(one, cu_seqlens, (key, value, key_mask)))
+        return total, weighted_sum
     key, value = prepare(key, value, scale, key_mask, 0.0)  # (B, H, M, K), (B, H, M, V)
     weights = features(key, feature_map)
     if key_mask is not None:
@@ -37,7 +49,17 @@ def summarize(
     return weights.sum(dim=2), weights.mT @ value
 
 
-def apply(query: Tensor, total: Tensor, weighted_sum: Tensor, feature_map: str, scale: float) -> Tensor:
+def apply(
+    query: Tensor,
+    total: Tensor,
+    weighted_sum: Tensor,
+    feature_map: str,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    if cu_seqlens is not None:
+        one = lambda *part: (apply(*part, feature_map, scale),)  # noqa: E731
+        return joined(by_sequence(one, cu_seqlens, (query,), (total, weighted_sum)))[0]
     weights = features(times_scale(query, scale), feature_map)  # (B, H, N, K)
     denominator = weights @ total[..., None]  # (B, H, N, 1)
     defined = denominator >= torch.finfo(denominator.dtype).tiny

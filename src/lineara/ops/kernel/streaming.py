@@ -10,14 +10,24 @@ V value channels.
 import torch
 from torch import Tensor
 
-from lineara.ops.blocks import Buffer, blocks, hidden_positions
+from lineara.ops.blocks import Buffer, blocks, empty_like_query, hidden_positions
+from lineara.ops.packed import by_sequence, joined, stacked
 from lineara.ops.precision import accumulation_dtype
 
 
 def summarize(
-    key: Tensor, value: Tensor, key_mask: Tensor | None, feature_map: str, scale: float
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    feature_map: str,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sums over positions of phi(key), (B, H, K), and of phi(key)^T value, (B, H, K, V)."""
+    if cu_seqlens is not None:
+        parts = by_sequence(lambda *part: summarize(*part, feature_map, scale), cu_seqlens, (key, value, key_mask))
+        total, weighted_sum = stacked(parts)
+        return total, weighted_sum
     batch, heads, _, key_dim = key.shape
     total = key.new_zeros((batch, heads, key_dim), dtype=accumulation_dtype(key.dtype))
     weighted_sum = total.new_zeros((batch, heads, key_dim, value.shape[3]))
@@ -39,10 +49,18 @@ def summarize_backward(
     key_mask: Tensor | None,
     feature_map: str,
     scale: float,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of key and value: with P = phi(K), dV = P dS and dK = phi'(K) * (V dS^T + dz)."""
-    grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
-    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+    if cu_seqlens is not None:
+
+        def of_one(key: Tensor, value: Tensor, key_mask: Tensor | None, *short: Tensor):
+            return summarize_backward(*short, key, value, key_mask, feature_map, scale)
+
+        short = (grad_total, grad_weighted_sum)
+        grad_key, grad_value = joined(by_sequence(of_one, cu_seqlens, (key, value, key_mask), short))
+        return grad_key, grad_value
+    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     hidden = hidden_positions(key_mask, key)
     key_buffer, value_buffer = Buffer(key), Buffer(value)
     grad_key_buffer, grad_value_buffer = Buffer(key), Buffer(value)
@@ -60,13 +78,25 @@ def summarize_backward(
 
 
 def attend(
-    query: Tensor, total: Tensor, context: Tensor, gate: Tensor | None, feature_map: str, scale: float
+    query: Tensor,
+    total: Tensor,
+    context: Tensor,
+    gate: Tensor | None,
+    feature_map: str,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """gate * (phi(query) context) / (phi(query) . total), (B, H, N, V); under softmax the denominator is 1.
 
     The gate is (B, H, N) or None.
     """
-    output = query.new_empty((*query.shape[:3], context.shape[3]))
+    if cu_seqlens is not None:
+
+        def of_one(query: Tensor, gate: Tensor | None, *short: Tensor):
+            return (attend(query, *short, gate, feature_map, scale),)
+
+        return joined(by_sequence(of_one, cu_seqlens, (query, gate), (total, context)))[0]
+    output = empty_like_query(query, context.shape[3])
     query_buffer, output_buffer = Buffer(query), Buffer(output)
     for (q, o, g), (z, C) in blocks((query, output, _gates(gate, query)), (total, context)):
         weights = _query_features(q, query_buffer, feature_map, scale)  # (R, n, K)
@@ -86,15 +116,26 @@ def attend_backward(
     gate: Tensor | None,
     feature_map: str,
     scale: float,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, total, context and gate.
 
     With P = phi(Q), i = 1 / (P . z), T = dO C^T and the output's share r = rowsum(P * T) i: dgate = r,
     dC = P^T (g i dO), dz = -P^T (g i r) and dP = g i (T - r z). Softmax has i = 1, z = 0 and dQ = P * g (T - r).
     """
+    if cu_seqlens is not None:
+
+        def of_one(grad_output: Tensor, query: Tensor, gate: Tensor | None, *short: Tensor):
+            return attend_backward(grad_output, query, *short, gate, feature_map, scale)
+
+        parts = by_sequence(of_one, cu_seqlens, (grad_output, query, gate), (total, context))
+        grad_total, grad_context = stacked([part[1:3] for part in parts])
+        grad_gate = None if gate is None else torch.cat([part[3] for part in parts if part[3] is not None], dim=2)
+        return joined([part[:1] for part in parts])[0], grad_total, grad_context, grad_gate
     softmax = feature_map == "softmax"
-    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    grad_total, grad_context = torch.zeros_like(total), torch.zeros_like(context)
+    grad_query = torch.empty_like(query)
+    grad_total = torch.zeros_like(total, memory_format=torch.contiguous_format)
+    grad_context = torch.zeros_like(context, memory_format=torch.contiguous_format)
     gates = _gates(gate, query)
     grad_gates = torch.empty_like(gates, memory_format=torch.contiguous_format)
     query_buffer, output_buffer, grad_query_buffer = Buffer(query), Buffer(grad_output), Buffer(query)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lineara.ops.blocks import fits_one_block
+from lineara.ops.blocks import in_passes
 from lineara.ops.checks import (
     check_choice,
     check_forward_mode,
@@ -19,7 +19,7 @@ from lineara.ops.checks import (
 )
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.multiresolution import operators, reference
-from lineara.ops.precision import without_autocast
+from lineara.ops.precision import as_autocast, without_autocast
 from lineara.ops.sequence_parallel import name_of_group
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def multiresolution_attention(
         scale: multiplies both query and (compressed) key.
         key_mask: boolean (batch, key positions), True = takes part. What a masked position holds, NaN and inf
             included, reaches neither the output nor a gradient. An item without a valid position gives zeros.
-        impl: `"auto"`, `"reference"` or `"streaming"`: the means, never the mathematics.
+        impl: `"auto"`, `"reference"`, `"streaming"` or `"triton"`: the means, never the mathematics. `"triton"` needs
+            a GPU, at most 512 channels per head and no float64; `explain_implementation` says what `"auto"` picks.
         group: the ranks over which the positions are sharded, as `efficient_attention` has it: shards are consecutive
             parts of the sequence, in the order of ranks, or of the first axis of the grid, of which `key_shape` is
             this rank's part. Windows are those of the whole sequence; one that straddles a border of shards is
@@ -118,13 +119,15 @@ def multiresolution_attention(
     group_name = name_of_group(group)
     if not group_name:  # otherwise the whole grid is known later
         resolutions = reference.within(resolutions, compression, max(1, *key_shape))
-    implementation = choose_implementation("multiresolution_attention", impl, query)
-    if implementation == "streaming" and (group_name or not fits_one_block(query, key, value)):
-        tensors = (query, key, value, gate, key_weight, value_weight)
-        check_forward_mode(*(tensor for tensor in tensors if tensor is not None))
-        return operators.multiresolution_attention(
-            *tensors, key_mask, list(resolutions), list(key_shape), compression, feature_map, float(scale), group_name
-        )[0]
+    tensors = query, key, value, gate, key_weight, value_weight = as_autocast(
+        query, key, value, gate, key_weight, value_weight
+    )
+    implementation = choose_implementation("multiresolution_attention", impl, query, value)
+    if in_passes(implementation, query, key, value, always=bool(group_name)):
+        check_forward_mode(implementation, *(tensor for tensor in tensors if tensor is not None))
+        shapes = (list(resolutions), list(key_shape))
+        options = (*shapes, compression, feature_map, float(scale), group_name, implementation)
+        return operators.multiresolution_attention(*tensors, key_mask, *options)[0]
     with without_autocast(query):
         return reference.multiresolution_attention(
             query,

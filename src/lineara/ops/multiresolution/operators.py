@@ -1,4 +1,4 @@
-"""The streaming implementation of multiresolution attention as an operator of torch.library."""
+"""Multiresolution attention in passes (`streaming`, `triton`) as an operator of torch.library."""
 
 # pyright: reportUnknownMemberType=false
 # (torch.library types its registrations only in part)
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from lineara.ops.blocks import empty_like_query
 from lineara.ops.differentiation import reference_gradients
-from lineara.ops.efficient import streaming as efficient
-from lineara.ops.kernel import streaming as kernel
-from lineara.ops.multiresolution import reference, streaming
+from lineara.ops.dispatch import passes
+from lineara.ops.efficient.streaming import context_backward
+from lineara.ops.multiresolution import reference
 from lineara.ops.multiresolution.streaming import Compression
-from lineara.ops.precision import accumulation_dtype
+from lineara.ops.precision import accumulation_dtype, register_autocast
 from lineara.ops.sequence_parallel import Alignment, Part, sum_over_group, sums_over_group
 
 
@@ -33,12 +34,14 @@ def multiresolution_attention(
     compression: str,
     feature_map: str,
     scale: float,
-    group_name: str = "",
+    group_name: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and what the backward pass needs beside the inputs: maximum, total and context."""
+    run = passes("multiresolution", impl)
     parts, resolutions, _ = _parts(key, value, key_mask, resolutions, key_shape, compression, group_name)
     summaries = [
-        streaming.summarize(
+        run.summarize(
             part.key,
             part.value,
             part.key_mask,
@@ -51,7 +54,8 @@ def multiresolution_attention(
         for part in parts
     ]
     maximum, total, context = reference.join(summaries, feature_map, scale, group_name)
-    return kernel.attend(query, total, context, gate, feature_map, scale), maximum, total, context
+    output = passes("kernel", impl).attend(query, total, context, gate, feature_map, scale)
+    return output, maximum, total, context
 
 
 @custom_op("lineara::multiresolution_attention_backward", mutates_args=())
@@ -72,20 +76,22 @@ def multiresolution_attention_backward(
     compression: str,
     feature_map: str,
     scale: float,
-    group_name: str = "",
+    group_name: str,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, gate and both weights; empty for what is not there."""
-    grad_query, grad_total, grad_context, grad_gate = kernel.attend_backward(
+    run = passes("multiresolution", impl)
+    grad_query, grad_total, grad_context, grad_gate = passes("kernel", impl).attend_backward(
         grad_output, query, total, context, gate, feature_map, scale
     )
     if feature_map == "softmax":
         grad_context = sum_over_group(grad_context, group_name) if group_name else grad_context
-        grad_total, grad_context = efficient.context_backward(grad_context, context, total)
+        grad_total, grad_context = context_backward(grad_context, context, total)
     elif group_name:
         grad_total, grad_context = sums_over_group(grad_total, grad_context, group_name)
     parts, resolutions, alignment = _parts(key, value, key_mask, resolutions, key_shape, compression, group_name)
     of_parts = [
-        streaming.summarize_backward(
+        run.summarize_backward(
             grad_total,
             grad_context,
             part.key,
@@ -131,7 +137,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any):
     batch, heads, key_dim = key.shape[0], key.shape[1], key.shape[3]
     maximum = key.new_empty((batch, heads, key_dim), dtype=accumulation_dtype(key.dtype))
     context = maximum.new_empty((batch, heads, key_dim, value.shape[3]))
-    output = query.new_empty((*query.shape[:3], value.shape[3]))
+    output = empty_like_query(query, value.shape[3])
     return output, maximum, torch.empty_like(maximum), context
 
 
@@ -148,33 +154,31 @@ def _(
 ):
     optional = (gate, key_weight, value_weight)
     return tuple(
-        query.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor in (query, key, value, *optional)
+        query.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in (query, key, value, *optional)
     )
 
 
 _NUM_TENSORS = 6  # that have gradients: query, key, value, gate and both weights
-_NUM_OPTIONS = 7  # that have none
+_NUM_OPTIONS = 8  # that have none
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, key_mask, ctx.resolutions, ctx.key_shape, ctx.compression, ctx.feature_map, ctx.scale, ctx.group_name = (
-        inputs
-    )
-    ctx.save_for_backward(*tensors, key_mask, *output[1:])
+    tensors, ctx.options = inputs[: _NUM_TENSORS + 1], inputs[_NUM_TENSORS + 1 :]
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None, *_: None):
     *tensors, key_mask, maximum, total, context = ctx.saved_tensors
-    names = ("resolutions", "key_shape", "compression", "feature_map", "scale", "group_name")
-    options = {name: getattr(ctx, name) for name in names}
     if grad_output is None:
         return (None,) * (_NUM_TENSORS + _NUM_OPTIONS)
     if torch.is_grad_enabled():
-        gradients = _differentiable_gradients(tensors, key_mask, grad_output, options)
+        names = ("resolutions", "key_shape", "compression", "feature_map", "scale", "group_name")
+        gradients = _differentiable_gradients(tensors, key_mask, grad_output, dict(zip(names, ctx.options)))
     else:
-        given = multiresolution_attention_backward(grad_output, *tensors, key_mask, maximum, total, context, **options)
+        given = multiresolution_attention_backward(
+            grad_output, *tensors, key_mask, maximum, total, context, *ctx.options
+        )
         gradients = [None if tensor is None else grad for tensor, grad in zip(tensors, given)]
     return *gradients, *((None,) * _NUM_OPTIONS)
 
@@ -196,3 +200,4 @@ def _differentiable_gradients(
 
 
 multiresolution_attention.register_autograd(_gradients, setup_context=_save)
+register_autocast("multiresolution_attention", multiresolution_attention, _NUM_TENSORS)

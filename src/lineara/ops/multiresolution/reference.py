@@ -97,7 +97,7 @@ def _summarize(
     summaries: list[tuple[Tensor, Tensor, Tensor]] = []
     for k, v, mask in _windows_of_heads(part, resolutions, compression, weights):
         if feature_map == "softmax":
-            summary = efficient.summarize_context(k, v, normalization="softmax", scale=scale, key_mask=mask)
+            summary = efficient.summarize_context(k, v, mask, normalization="softmax", scale=scale)
             summaries.append(summary[:3])
         else:
             total, weighted_sum = kernel.summarize(k, v, feature_map, scale, mask)

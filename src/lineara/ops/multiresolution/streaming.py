@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lineara.ops.efficient import streaming as efficient
-from lineara.ops.kernel import streaming as kernel
+from lineara.ops.dispatch import passes
 from lineara.ops.multiresolution.reference import groups, on_grid
 from lineara.ops.precision import accumulation_dtype
 
@@ -38,8 +37,13 @@ def summarize(
     compression: Compression,
     feature_map: str,
     scale: float,
+    impl: str = "streaming",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The maximum (B, H, K), total (B, H, K) and weighted sum (B, H, K, V) over windows; only softmax has a maximum."""
+    """The maximum (B, H, K), total (B, H, K) and weighted sum (B, H, K, V) over windows; only softmax has a maximum.
+
+    `impl` names the passes that summarise the windows.
+    """
+    efficient, kernel = passes("efficient", impl), passes("kernel", impl)
     summaries: list[tuple[Tensor, Tensor, Tensor]] = []
     for heads, resolution in groups(compression.resolutions):
         windows = _Windows(resolution, compression, key_mask)
@@ -66,10 +70,11 @@ def summarize_backward(
     compression: Compression,
     feature_map: str,
     scale: float,
+    impl: str = "streaming",
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of key, value and both weights."""
-    grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
-    grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+    efficient, kernel = passes("efficient", impl), passes("kernel", impl)
+    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     grad_key_weight = None if key_weight is None else torch.zeros_like(key_weight)
     grad_value_weight = None if value_weight is None else torch.zeros_like(value_weight)
     for heads, resolution in groups(compression.resolutions):

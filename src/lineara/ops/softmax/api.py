@@ -55,5 +55,5 @@ def softmax_attention(
     check_choice("normalization", normalization, NORMALIZATIONS)
     if scale is not None:
         check_scale(scale)
-    choose_implementation("softmax_attention", impl, query)
+    choose_implementation("softmax_attention", impl, query, value)
     return reference.softmax_attention(query, key, value, normalization=normalization, scale=scale, key_mask=key_mask)
