@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from lineara.nn.sequence_attention import SequenceAttention, check_options
+from lineara.nn.sequence_attention import SequenceAttention, ShardedPositions, check_options
 from lineara.ops import efficient_attention
 
 
-class EfficientAttention(SequenceAttention):
+class EfficientAttention(SequenceAttention, ShardedPositions):
     """Layer form of `ops.efficient_attention`; see it for the mathematics.
 
     It adds the projections and the heads, and neither residual nor normalisation: `EncoderBlock` has those.
@@ -72,6 +72,7 @@ class EfficientAttention(SequenceAttention):
             scale=self.scale,
             key_mask=key_mask,
             impl=self.impl,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineara.nn.sequence_attention import check_options, check_widths
+from lineara.nn.sequence_attention import ShardedPositions, check_options, check_widths
 from lineara.ops import efficient_attention
 
 
@@ -68,14 +68,14 @@ class FeatureMapAttention(nn.Module):
         # Without names of their own, queries, keys and values are gone when the reprojection needs memory.
         maps = self._join_heads(
             self.attend(
-                self._split_heads(self.queries(x)),  # (B, H, N, K)
-                self._split_heads(self.keys(context)),  # (B, H, M, K)
-                self._split_heads(self.values(context)),  # (B, H, M, V)
+                self._split_heads(_project(self.queries, x)),  # (B, H, N, K)
+                self._split_heads(_project(self.keys, context)),  # (B, H, M, K)
+                self._split_heads(_project(self.values, context)),  # (B, H, M, V)
                 context.shape[2:],
             ),
             x.shape[2:],
         )
-        return x + self.reprojection(maps)
+        return x + _project(self.reprojection, maps)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_shape: Sequence[int]) -> Tensor:
         """The operation, on (batch, heads, positions, channels per head); the keys lie on a grid of `key_shape`."""
@@ -101,7 +101,16 @@ class FeatureMapAttention(nn.Module):
             )
 
 
-class _EfficientAttention(FeatureMapAttention):
+def _project(convolution: nn.Module, maps: Tensor) -> Tensor:
+    """The convolution, which refuses maps without a position: those of a rank whose shard is empty."""
+    if maps.numel():
+        return convolution(maps)
+    assert isinstance(convolution, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    projected = nn.functional.linear(maps.movedim(1, -1), convolution.weight.flatten(1), convolution.bias)
+    return projected.movedim(-1, 1)
+
+
+class _EfficientAttention(FeatureMapAttention, ShardedPositions):
     def __init__(
         self,
         dim: int,
@@ -126,7 +135,13 @@ class _EfficientAttention(FeatureMapAttention):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, key_shape: Sequence[int]) -> Tensor:
         return efficient_attention(
-            query, key, value, normalization=self.normalization, scale=self.scale, impl=self.impl
+            query,
+            key,
+            value,
+            normalization=self.normalization,
+            scale=self.scale,
+            impl=self.impl,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:

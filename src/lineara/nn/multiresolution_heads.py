@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from lineara.nn.router import Router, Routing, check_top_k
+from lineara.nn.sequence_attention import ShardedPositions
 from lineara.ops import multiresolution_attention
 from lineara.ops.checks import check_choice
 from lineara.ops.dispatch import IMPLEMENTATIONS
 
 
-class MultiresolutionHeads(nn.Module):
+class MultiresolutionHeads(ShardedPositions):
     """`ops.multiresolution_attention` with the weights that belong to it.
 
     Args:
@@ -94,6 +95,7 @@ class MultiresolutionHeads(nn.Module):
             scale=self.scale,
             key_mask=key_mask,
             impl=self.impl,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:

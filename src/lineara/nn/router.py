@@ -9,7 +9,7 @@ from lineara.ops.precision import accumulation_dtype
 
 
 class Routing(NamedTuple):
-    """What a router decided in one forward call, over the valid queries.
+    """What a router decided in one forward call, over the valid queries (of this rank, where positions are sharded).
 
     `choice` and `probability` hold every query, masked ones too; `load` and `load_balancing` count valid ones only.
     """

@@ -1,12 +1,15 @@
 """What the layers for (batch, positions, dim) sequences share: projections to heads and back."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lineara.ops.checks import check_choice
 from lineara.ops.dispatch import IMPLEMENTATIONS
+
+if TYPE_CHECKING:
+    from lineara.ops.sequence_parallel import Group
 
 
 class SequenceAttention(nn.Module):
@@ -110,6 +113,33 @@ class SequenceAttention(nn.Module):
     def _check_input(name: str, tensor: Tensor, dim: int) -> None:
         if tensor.dim() != 3 or tensor.shape[2] != dim:
             raise ValueError(f"{name} must have the shape (batch, positions, {dim}), got {tuple(tensor.shape)}")
+
+
+class ShardedPositions(nn.Module):
+    """A module that calls an operation with `group`: the ranks over which positions are sharded, None = all are here.
+
+    `lineara.nn.sequence_parallel.shard_positions` sets it.
+    """
+
+    _held: "_Held | None" = None
+
+    @property
+    def group(self) -> "Group":
+        return None if self._held is None else self._held.group
+
+    @group.setter
+    def group(self, group: "Group") -> None:
+        self._held = None if group is None else _Held(group)
+
+
+class _Held:
+    """A group, which torch cannot copy: the copy of a layer talks to the ranks that the layer talks to."""
+
+    def __init__(self, group: "Group") -> None:
+        self.group = group
+
+    def __deepcopy__(self, _: Any) -> "_Held":
+        return self
 
 
 def check_options(normalization: str, impl: str) -> None:

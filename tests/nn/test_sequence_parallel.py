@@ -1,0 +1,117 @@
+"""Layers on two processes that hold parts of the positions give what one process gives."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lineara.nn import EfficientAttention, EncoderBlock, MultiresolutionAttention, SoftmaxAttention
+from lineara.nn.multiresolution_heads import MultiresolutionHeads
+from lineara.nn.non_local_attention import NonLocalAttention2d
+from lineara.nn.sequence_attention import ShardedPositions
+from lineara.nn.sequence_parallel import shard_positions
+
+sys.path.insert(0, str(Path(__file__).parent))
+import sharded_layers
+from sharded_layers import LAYERS
+
+sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """What each of the two ranks found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    words = [sys.executable, "-W", "error", sharded_layers.__file__]
+    ranks = [
+        subprocess.Popen([*words, str(rank), "2", str(folder)], stderr=subprocess.PIPE, text=True) for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def assert_equal(name, shards):
+    """What shards have side by side, and the sum of their shares of the gradients of weights."""
+    expected = sharded_layers.results(sharded_layers.layer_of(name), name)
+    axis = LAYERS[name][2]
+    assert set(shards[0]) == set(expected)
+    for key, whole in expected.items():
+        parts = [shard[key] for shard in shards]
+        joined = torch.cat(parts, axis) if key in ("output", "x", "context") else sum(parts)
+        torch.testing.assert_close(joined, whole, rtol=1e-12, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_shards_give_what_one_process_gives(name, given):
+    assert_equal(name, [rank[name] for rank in given])
+
+
+def test_a_copy_talks_to_the_same_ranks(given):
+    assert_equal("encoder", [rank["copy"] for rank in given])
+
+
+def test_compiled_in_one_graph(given):
+    assert_equal("encoder", [rank["compiled"] for rank in given])
+
+
+@pytest.mark.parametrize("how", ["replicated", "sharded weights"])
+def test_under_data_parallel_wrappers_all_ranks_get_the_mean_of_all_shares(how, given):
+    # Each of the two has the mean of both shares: together that is the whole.
+    assert_equal("encoder", [rank[how] for rank in given])
+
+
+@pytest.fixture
+def world_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_every_attention_layer_inside_gets_the_group_and_loses_it(world_of_one):
+    module = nn.Sequential(EncoderBlock(8, EfficientAttention(8)), MultiresolutionAttention(8, 2))
+    layers = [layer for layer in module.modules() if isinstance(layer, ShardedPositions)]
+    assert [type(layer) for layer in layers] == [EfficientAttention, MultiresolutionHeads]
+    assert [layer.group for layer in layers] == [None, None]
+    assert shard_positions(module, world_of_one) is module
+    assert all(layer.group is world_of_one for layer in layers)
+    assert all(layer.group is world_of_one for layer in copy.deepcopy(module).modules() if hasattr(layer, "group"))
+    assert not any("group" in key or "held" in key for key in module.state_dict())
+    shard_positions(module, None)
+    assert [layer.group for layer in layers] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (SoftmaxAttention(8), "got SoftmaxAttention at 1; use"),
+        (NonLocalAttention2d(8), "got NonLocalAttention2d at 1; use"),
+        (nn.TransformerEncoderLayer(8, 2), "got MultiheadAttention at 1.self_attn; use"),
+    ],
+)
+def test_softmax_attention_is_refused_and_nothing_is_changed(other, said, world_of_one):
+    module = nn.Sequential(EfficientAttention(8), other)
+    with pytest.raises(ValueError, match=f"must not contain softmax attention, .*{said}"):
+        shard_positions(module, world_of_one)
+    assert module[0].group is None
+    with pytest.raises(ValueError, match="got SoftmaxAttention; use EfficientAttention"):
+        shard_positions(SoftmaxAttention(8), world_of_one)
+
+
+def test_a_module_without_attention_is_refused():
+    with pytest.raises(ValueError, match="must contain an attention layer of lineara.nn, got Linear without one"):
+        shard_positions(nn.Linear(3, 5), None)
+
+
+def test_a_wrong_group_is_refused():
+    with pytest.raises(ValueError, match=r"group must be None until torch\.distributed is initialized"):
+        shard_positions(EfficientAttention(8), object())
