@@ -63,7 +63,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, list[int]
         None,
     ),
 }
-WRAPPED = {"replicated": DistributedDataParallel, "sharded weights": fully_shard, "compiled": None}
+WRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "replicated": DistributedDataParallel,
+    "sharded weights": fully_shard,
+    "compiled": partial(torch.compile, fullgraph=True, backend="aot_eager"),
+}
 
 
 def layer_of(name: str) -> nn.Module:
@@ -96,11 +100,7 @@ def results(layer: nn.Module, name: str, rank: int | None = None) -> dict[str, T
 
 def wrapped(how: str, rank: int) -> dict[str, Tensor]:
     layer = shard_positions(layer_of("encoder"), dist.group.WORLD)
-    if how == "compiled":
-        layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    else:
-        layer = WRAPPED[how](layer)
-    found = results(layer, "encoder", rank)
+    found = results(WRAPPED[how](layer), "encoder", rank)
     return {
         key.removeprefix("module.").removeprefix("_orig_mod."): tensor.full_tensor()
         if isinstance(tensor, DTensor)

@@ -108,7 +108,7 @@ def test_softmax_attention_is_refused_and_nothing_is_changed(other, said, world_
 
 
 def test_a_module_without_attention_is_refused():
-    with pytest.raises(ValueError, match="must contain an attention layer of lineara.nn, got Linear without one"):
+    with pytest.raises(ValueError, match=r"must contain an attention layer of lineara\.nn, got Linear without one"):
         shard_positions(nn.Linear(3, 5), None)
 
 
