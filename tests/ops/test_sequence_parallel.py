@@ -174,9 +174,13 @@ def test_operators_keep_the_contract_of_torch_library():
         torch.library.opcheck(sequence_parallel.maximum_over_group, (total.detach(), name))
         torch.library.opcheck(sequence_parallel.context_over_group, (total, sums, name))
         query, key, value = (torch.randn(2, 3, n, d, dtype=torch.float64, requires_grad=True) for n, d in SIZES)
-        torch.library.opcheck(efficient.efficient_attention, (query, key, value, None, "softmax", 0.7, name))
-        torch.library.opcheck(kernel.kernel_attention, (query, key, value, None, "elu", 0.7, name))
-        options = ([3, 2, 1], [11], "mean", "softmax", 0.7, name)
+        torch.library.opcheck(
+            efficient.efficient_attention, (query, key, value, None, None, None, "softmax", 0.7, name, "streaming")
+        )
+        torch.library.opcheck(
+            kernel.kernel_attention, (query, key, value, None, None, None, "elu", 0.7, name, "streaming")
+        )
+        options = ([3, 2, 1], [11], "mean", "softmax", 0.7, name, "streaming")
         torch.library.opcheck(
             multiresolution.multiresolution_attention, (query, key, value, None, None, None, None, *options)
         )

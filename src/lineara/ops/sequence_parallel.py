@@ -189,6 +189,8 @@ class Alignment:
             key_mask = key.new_ones((key.shape[0], key.shape[2]), dtype=torch.bool)
         _, whole_key, key_here = torch.split(key, self._sizes, 2)
         _, whole_value, value_here = torch.split(value, self._sizes, 2)
+        # Gradients are to lie in memory as their tensors do.
+        self._strides = [torch.empty_like(tensor, device="meta").stride() for tensor in (key, value)]
         handed, whole, _ = self._sizes
         moving = [tensor[:, :, :handed] for tensor in (key, value)]
         if key_mask is not None:
@@ -211,10 +213,16 @@ class Alignment:
         here = self._sizes[2]
         returned = self.exchange(torch.cat([grad[:, :, here:] for grad in of_rest], dim=3), True)
         widths = [grad.shape[3] for grad in of_rest]
-        return [
-            torch.cat([handed, whole, rest[:, :, :here]], dim=2)
-            for handed, whole, rest in zip(torch.split(returned, widths, 3), of_whole, of_rest)
-        ]
+        gradients: list[Tensor] = []
+        for strides, handed, whole, rest in zip(
+            self._strides, torch.split(returned, widths, 3), of_whole, of_rest, strict=True
+        ):
+            shape = (*handed.shape[:2], sum(self._sizes), handed.shape[3])
+            gradient = torch.empty_strided(shape, strides, dtype=whole.dtype, device=whole.device)
+            for target, part in zip(torch.split(gradient, self._sizes, 2), (handed, whole, rest[:, :, :here])):
+                target.copy_(part)
+            gradients.append(gradient)
+        return gradients
 
     def exchange(self, tensor: Tensor, back: bool) -> Tensor:
         """Hand over (B, H, n, D), the positions to go, and get those that come; or all of that `back`."""
