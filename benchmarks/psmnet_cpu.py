@@ -10,6 +10,7 @@ each case's own fresh process (see `lineara.measure`). A quiet machine is the ca
 """
 
 import argparse
+import math
 import random
 import statistics
 import time
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from lineara.measure import median_seconds, peak_memory
 from lineara.measure.machine import environment
+from lineara.measure.shapes import PaperCount
 from lineara.models import PSMNet
 from lineara.nn import EfficientAttention3d
 
@@ -42,15 +44,14 @@ def main() -> None:
 
 
 def module() -> None:
-    positions = VOLUME[0] * VOLUME[1] * VOLUME[2]
-    tensors = 4 * CHANNELS * positions * 4
-    print(f"## The module alone: {CHANNELS} channels, {positions:,} positions, forward pass\n")
+    count = PaperCount("PSMNet", CHANNELS, math.prod(VOLUME))
+    print(f"## The module alone: {CHANNELS} channels, {count.positions:,} positions, forward pass\n")
     print("| module | counted | measured | seconds |")
     print("|---|---|---|---|")
     timing = median_seconds(make_module(), min_repeats=3)
     measured = peak_memory(call("make_module"))
-    print(f"| efficient | {tensors / 1e6:,.0f} MB | {measured / 1e6:,.0f} MB | {timing.median:.2f} |")
-    print(f"| non-local | {(tensors + 4 * positions**2) / 1e12:.2f} TB | not measured | not measured |\n", flush=True)
+    print(f"| efficient | {count.efficient_bytes / 1e6:,.0f} MB | {measured / 1e6:,.0f} MB | {timing.median:.2f} |")
+    print(f"| non-local | {count.non_local_bytes / 1e12:.2f} TB | not measured | not measured |\n", flush=True)
 
 
 def compare(title: str, kind: str, rounds: int) -> None:

@@ -4,7 +4,6 @@ Nothing heavy is imported before a command needs it: `lineara --help` answers at
 """
 
 import argparse
-import json
 import logging
 import sys
 import traceback
@@ -45,6 +44,7 @@ examples:
   lineara compare listops_softmax listops_efficient --seeds 0 1 2     train, test and tabulate both
   lineara draw maps --checkpoint runs/listops_efficient/checkpoints/best.ckpt
   lineara bench cost                                      time and memory against length
+  lineara bench attention                                 efficient attention against others
 
 `lineara COMMAND --help` tells more.
 """
@@ -78,6 +78,8 @@ def _run(arguments: list[str]) -> None:
         _train(arguments)
     elif len(arguments) > 1 and arguments[0] == "data" and arguments[1] in _SETS:
         _data(arguments[1], arguments[2:])
+    elif arguments and arguments[0] == "bench":
+        _bench(arguments[1:])
     else:
         parsed = _parser().parse_args(arguments or ["--help"])
         parsed.run(parsed)
@@ -99,7 +101,7 @@ def _parser() -> ArgumentParser:
     _add_compare(commands.add_parser("compare", help="train and test several recipes that differ in the network alone"))
     _add_data(commands.add_parser("data", help="generate or check a data set"))
     _add_draw(commands.add_parser("draw", help="draw learning curves, attention maps, routing, costs or images"))
-    _add_bench(commands.add_parser("bench", help="measure time and memory against length"))
+    commands.add_parser("bench", help="measure time and memory of attention")
     return parser
 
 
@@ -146,22 +148,6 @@ def _add_draw(parser: ArgumentParser) -> None:
     example.add_argument("--index", type=int, help="test image, from 0 (default 0)")
     examples.add_argument("--data_root", default="data", help="folder of cifar-10-batches-py, for image (default data)")
     examples.add_argument("--num", type=int, default=40, help="images at most (default 40)")
-
-
-def _add_bench(parser: ArgumentParser) -> None:
-    studies = parser.add_subparsers(title="studies", metavar="STUDY", required=True)
-    cost = studies.add_parser(
-        "cost",
-        help="time and peak memory of efficient and dot-product attention against length",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    cost.add_argument("--attention", nargs="+", default=["efficient", "softmax"], help="what to measure")
-    cost.add_argument("--positions", nargs="+", type=int, default=[256, 1024, 4096, 16384, 65536], help="lengths")
-    cost.add_argument("--heads", type=int, default=8, help="heads")
-    cost.add_argument("--head_dim", type=int, default=64, help="channels per head")
-    cost.add_argument("--limit_seconds", type=float, default=60.0, help="leave out calls expected to take longer")
-    cost.add_argument("--output", type=Path, default=Path("runs/cost/cost.json"), help="file to write")
-    cost.set_defaults(run=_bench_cost)
 
 
 def _train(arguments: list[str]) -> None:
@@ -258,18 +244,16 @@ def _draw_examples(options: Namespace) -> None:
     _save(figure, options.output or Path(f"{options.set}.png"))
 
 
-def _bench_cost(options: Namespace) -> None:
-    from lineara.measure.cost import cost_table, length_study, measure_costs
-    from lineara.tasks.files import write_text
+def _bench(words: list[str]) -> None:
+    from lineara.measure.commands import bench
 
-    cases = length_study(options.attention, options.positions, heads=options.heads, head_dim=options.head_dim)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    costs = measure_costs(cases, limit_seconds=options.limit_seconds, progress=_progress)
-    table = cost_table(costs)
-    print(table)
-    write_text(options.output.with_suffix(".md"), table + "\n")
-    write_text(options.output, json.dumps([cost.as_row() for cost in costs], indent=1) + "\n")
-    print(options.output)
+    bench(words, draw=_draw_rows, progress=_progress)
+
+
+def _draw_rows(rows: list[dict[str, object]], path: Path) -> None:
+    from lineara.viz import cost_curves
+
+    _save(cost_curves(rows), path)
 
 
 def _progress(message: str) -> None:
@@ -293,3 +277,7 @@ def _users_mistake(error: BaseException | None) -> BaseException | None:
             return error
         error = error.__cause__
     return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -180,11 +180,11 @@ def cost_table(costs: Sequence[Cost]) -> str:
     return _aligned(rows)
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return query.softmax(-1) @ (key.softmax(-2).mT @ value)
 
 
-def _einsum(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def einsum(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     context = torch.einsum("bhnd,bhne->bhde", key.softmax(-2), value)
     return torch.einsum("bhnd,bhde->bhne", query.softmax(-1), context)
 
@@ -192,8 +192,8 @@ def _einsum(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 _FUNCTIONS: dict[str, _Function] = {
     "efficient": efficient_attention,
     "efficient-reference": partial(efficient_attention, impl="reference"),
-    "plain": _plain,
-    "einsum": _einsum,
+    "plain": plain,
+    "einsum": einsum,
     "softmax": softmax_attention,
 }
 ATTENTIONS = tuple(_FUNCTIONS)
@@ -235,7 +235,7 @@ def _make_warm_call(case: Case) -> Callable[[], object]:
 def _check_results(case: Case) -> None:
     """Compare output and gradients with those of the textbook formula in float64."""
     inputs = _inputs(case)
-    textbook = _textbook_softmax if case.attention == "softmax" else _plain
+    textbook = _textbook_softmax if case.attention == "softmax" else plain
     right = _results(textbook, *(tensor.double() for tensor in inputs), backward=True)
     given = _results(_FUNCTIONS[case.attention], *inputs, backward=True)
     tolerance = torch.finfo(inputs[0].dtype).eps ** 0.5

@@ -1,8 +1,10 @@
 """What a measurement ran on, in words."""
 
+import hashlib
 import platform
 import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -10,12 +12,31 @@ import torch
 
 def environment(folder: Path | str = ".") -> str:
     """Processor or GPU, threads, versions, the commit of the repository that `folder` lies in, and the date."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    threads = torch.get_num_threads()
+    device = hardware("cuda" if torch.cuda.is_available() else "cpu")
     return (
-        f"{device}, {threads} thread{'' if threads == 1 else 's'}, torch {torch.__version__.partition('+')[0]}, Python "
-        f"{platform.python_version()}, commit {_commit(folder)}, {time.strftime('%Y-%m-%d')}."
+        f"{device}, torch {torch.__version__.partition('+')[0]}, Python "
+        f"{platform.python_version()}, commit {commit(folder)}, {today()}."
     )
+
+
+def hardware(device: str) -> str:
+    """The GPU or the processor, and the number of threads."""
+    threads = torch.get_num_threads()
+    name = processor() if device == "cpu" else torch.cuda.get_device_name()
+    return f"{name}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+def versions(*others: str) -> str:
+    """Versions of Python, torch, CUDA and triton, and of those other distributions that are installed."""
+    found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    if torch.cuda.is_available():
+        found += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]
+    for name in ("triton", *others):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
 
 
 def processor() -> str:
@@ -26,9 +47,27 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _commit(folder: Path | str) -> str:
+def commit(folder: Path | str) -> str:
+    """The commit of the repository that a folder lies in, with "+" behind it where files differ from it."""
     try:
-        words = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        head = _git(folder, "rev-parse", "--short", "HEAD").strip()
+        return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no").strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def code_digest(*folders: Path) -> str:
+    """Eight digits that change with any Python file in the folders; a checkout without git has them too."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:8]
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d")
+
+
+def _git(folder: Path | str, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout

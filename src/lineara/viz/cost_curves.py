@@ -24,7 +24,15 @@ _STYLES = {
     "einsum": ("efficient, einsum form", "#CC79A7", "v"),
     "softmax": ("dot-product", "#D55E00", "D"),
 }
-_OTHER_STYLE = ("#444444", "P")
+_OTHER_STYLES = (
+    ("#444444", "P"),
+    ("#F0E442", "X"),
+    ("#999999", "<"),
+    ("#8C564B", ">"),
+    ("#17BECF", "p"),
+    ("#6A3D9A", "h"),
+    ("#B15928", "*"),
+)
 _QUANTITIES = (("seconds", 1e3, "time (ms)"), ("peak_bytes", 1e-6, "peak memory beyond the inputs (MB)"))
 # A slope is fitted to so many of the longest lengths.
 _FITTED_POINTS = 3
@@ -50,7 +58,8 @@ def read_costs(path: Path) -> list[dict[str, Any]]:
 def cost_curves(rows: Sequence[_Row]) -> Figure:
     """Draw time and peak memory against the number of positions, both axes logarithmic.
 
-    Above: time; below: peak memory. Left: forward; right: forward and backward; a column without rows is left out.
+    Above: time; below: peak memory. Left: forward; right: forward and backward. A column without rows and a line of
+    panels without values are left out.
     Beside every line stands the power of the number of positions N that its last three points grow by.
 
     Args:
@@ -58,7 +67,7 @@ def cost_curves(rows: Sequence[_Row]) -> Figure:
             `peak_bytes`; further keys are ignored. None, or what is not positive, leaves a gap.
 
     Returns:
-        A figure of two or four panels, with one line per attention in each.
+        A figure of up to four panels, with one line per attention in each.
 
     Raises:
         ValueError: for no rows, a row without one of the keys, or two rows of one case.
@@ -67,13 +76,15 @@ def cost_curves(rows: Sequence[_Row]) -> Figure:
     passes = sorted({bool(row["backward"]) for row in rows})
     names = {str(row["attention"]) for row in rows}
     attentions = [*(name for name in _STYLES if name in names), *sorted(names - set(_STYLES))]
-    figure = Figure(figsize=(4.6 * len(passes) + 1.4, 8.2), dpi=100, layout="constrained")
-    panels = figure.subplots(2, len(passes), squeeze=False, sharex=True, sharey="row")
-    for (field, factor, label), line_of_panels in zip(_QUANTITIES, panels):
+    quantities = [one for one in _QUANTITIES if any(row[one[0]] is not None and row[one[0]] > 0 for row in rows)]
+    figure = Figure(figsize=(4.6 * len(passes) + 1.4, 4.1 * len(quantities)), dpi=100, layout="constrained")
+    panels = figure.subplots(len(quantities), len(passes), squeeze=False, sharex=True, sharey="row")
+    styles = _styles(attentions)
+    for (field, factor, label), line_of_panels in zip(quantities, panels):
         for backward, axes in zip(passes, line_of_panels):
             for attention in attentions:
                 chosen = [row for row in rows if row["attention"] == attention and bool(row["backward"]) == backward]
-                _draw_line(axes, attention, *_points(chosen, field, factor))
+                _draw_line(axes, styles[attention], *_points(chosen, field, factor))
         line_of_panels[0].set_ylabel(label, fontsize=12)
     for backward, axes in zip(passes, panels[0]):
         axes.set_title("forward + backward" if backward else "forward", fontsize=13)
@@ -118,8 +129,14 @@ def _points(rows: Sequence[_Row], field: str, factor: float) -> tuple[_Array, _A
     return np.array([row["positions"] for row in rows], dtype=np.float64), np.array(values, dtype=np.float64)
 
 
-def _draw_line(axes: Axes, attention: str, positions: _Array, values: _Array) -> None:
-    label, color, marker = _STYLES.get(attention, (attention, *_OTHER_STYLE))
+def _styles(attentions: Sequence[str]) -> dict[str, tuple[str, str, str]]:
+    """Name, colour and mark of each: its own, or those of the others in turn."""
+    others = (name for name in attentions if name not in _STYLES)
+    return _STYLES | {name: (name, *_OTHER_STYLES[i % len(_OTHER_STYLES)]) for i, name in enumerate(others)}
+
+
+def _draw_line(axes: Axes, style: tuple[str, str, str], positions: _Array, values: _Array) -> None:
+    label, color, marker = style
     axes.plot(positions, values, color=color, marker=marker, markersize=6, linewidth=2, label=label)
 
 
