@@ -12,10 +12,10 @@ QUERY, KEY, VALUE = torch.randn(2, 3, 7, 5), torch.randn(2, 3, 13, 5), torch.ran
 
 def test_the_explanation_names_what_auto_picks():
     assert explain_implementation(QUERY, KEY, VALUE).startswith("streaming: the tensors are on the CPU")
-    assert choose_implementation("efficient_attention", "auto", QUERY) == "streaming"
+    assert choose_implementation("efficient_attention", "auto", QUERY, VALUE) == "streaming"
     on_meta = [tensor.to("meta") for tensor in (QUERY, KEY, VALUE)]
     assert explain_implementation(*on_meta).startswith("reference: the tensors are on meta")
-    assert choose_implementation("efficient_attention", "auto", on_meta[0]) == "reference"
+    assert choose_implementation("efficient_attention", "auto", on_meta[0], on_meta[2]) == "reference"
     assert explain_implementation(QUERY, KEY, VALUE, operation="softmax_attention").startswith("reference: ")
 
 

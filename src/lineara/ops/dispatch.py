@@ -110,7 +110,6 @@ def _obstacle(query: Tensor, value: Tensor) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _lacking_on(device_type: str, index: int | None) -> str | None:
     """What a device lacks."""
     if find_spec("triton") is None:
@@ -126,6 +125,10 @@ def _lacking_on(device_type: str, index: int | None) -> str | None:
     if (capability := torch.cuda.get_device_capability(index)) < (8, 0):
         return "a GPU of compute capability 8.0 or newer, got {}.{}".format(*capability)
     return None
+
+
+# What torch.compiler.assume_constant_result does, which takes a second to import.
+_lacking_on._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _widest(query: Tensor, value: Tensor) -> int:

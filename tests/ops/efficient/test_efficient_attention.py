@@ -276,18 +276,22 @@ def test_a_million_positions_in_half_precision(impl, dtype, allowed):
 
 @IMPLEMENTATIONS
 @BOTH
-def test_autocast_does_not_touch_the_products(impl, normalization, with_gradients, small_blocks):
+def test_autocast_casts_the_inputs_once_and_keeps_sums_in_float32(impl, normalization, with_gradients, small_blocks):
     inputs = tensors(dtype=torch.float32)
     grad_output = torch.randn(2, 3, 7, 11)
+    call = partial(efficient_attention, normalization=normalization, impl=impl)
 
-    def call(*inputs, autocast):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return efficient_attention(*inputs, normalization=normalization, impl=impl)
+    def autocast(*inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(*inputs)
 
-    expected = with_gradients(partial(call, autocast=False), inputs, grad_output)
-    given = with_gradients(partial(call, autocast=True), inputs, grad_output)
+    expected = with_gradients(call, [tensor.bfloat16() for tensor in inputs], grad_output)
+    given = with_gradients(autocast, inputs, grad_output)
+    assert given[0].dtype == torch.bfloat16
     for one, other in zip(given, expected):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert torch.equal(one.bfloat16(), other)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(*(tensor.double() for tensor in inputs)).dtype == torch.float64
 
 
 # Bad input.
@@ -332,7 +336,7 @@ def test_shapes_that_do_not_fit_are_named(change, error, message):
     [
         ({"normalization": "max"}, ValueError, "normalization must be one of 'softmax', 'scaling', got 'max'"),
         ({"impl": "fast"}, ValueError, "impl must be one of 'auto', 'reference', .*, got 'fast'"),
-        ({"impl": "triton"}, ValueError, "impl must be an implementation that efficient_attention has .*got 'triton'"),
+        ({"impl": "triton"}, ValueError, "impl='triton' needs .*, got torch.float64; use impl='auto'"),
         ({"key_mask": torch.ones(2, 7, dtype=torch.bool)}, ValueError, r"shape \(batch, key positions\) = \(2, 13\)"),
         ({"key_mask": torch.ones(2, 13)}, TypeError, r"key_mask must be boolean .*, got torch.float32"),
         ({"key_mask": [True] * 13}, TypeError, "key_mask must be a torch.Tensor or None, got list"),

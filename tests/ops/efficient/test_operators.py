@@ -25,10 +25,12 @@ def tensors(keys=13, dtype=torch.float64):
 def test_operators_keep_the_contract_of_torch_library(masked, normalization, dtype):
     query, key, value = tensors(dtype=dtype)
     mask = torch.rand(2, 13) > 0.4 if masked else None
-    torch.library.opcheck(operators.efficient_attention, (query, key, value, mask, normalization, 0.7))
-    torch.library.opcheck(operators.summarize_context, (key, value, mask, normalization, 0.7))
+    torch.library.opcheck(
+        operators.efficient_attention, (query, key, value, mask, None, None, normalization, 0.7, "", "streaming")
+    )
+    torch.library.opcheck(operators.summarize_context, (key, value, mask, None, normalization, 0.7, "streaming"))
     context = torch.randn(2, 3, 5, 11, dtype=accumulation_dtype(dtype), requires_grad=True)
-    torch.library.opcheck(operators.attend_context, (query, context, normalization, 0.7))
+    torch.library.opcheck(operators.attend_context, (query, context, None, normalization, 0.7, "streaming"))
 
 
 def test_compiled_calls_equal_eager_ones_for_any_length_without_compiling_again(with_gradients):

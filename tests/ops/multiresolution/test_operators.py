@@ -28,7 +28,7 @@ def test_operator_keeps_the_contract_of_torch_library(given, feature_map, dtype)
     key_weight = torch.randn(3, 5, 4, dtype=dtype).requires_grad_() if given else None
     value_weight = torch.randn(3, 11, 4, dtype=dtype).requires_grad_() if given else None
     mask = torch.rand(2, 13) > 0.4 if given else None
-    options = (RESOLUTIONS, [13], "conv" if given else "mean", feature_map, 0.7)
+    options = (RESOLUTIONS, [13], "conv" if given else "mean", feature_map, 0.7, "", "streaming")
     torch.library.opcheck(
         operators.multiresolution_attention, (*inputs, gate, key_weight, value_weight, mask, *options)
     )

@@ -20,6 +20,7 @@ from lineara.ops.dispatch import passes
 from lineara.ops.efficient import reference
 from lineara.ops.efficient.reference import ContextSummary
 from lineara.ops.efficient.streaming import context_backward
+from lineara.ops.flops import count_flops, products
 from lineara.ops.packed import in_sequences
 from lineara.ops.precision import accumulation_dtype, register_autocast
 from lineara.ops.sequence_parallel import sum_over_group
@@ -246,3 +247,10 @@ attend_context.register_autograd(_attend_gradients, setup_context=_save_attend)
 register_autocast("efficient_attention", efficient_attention, 3)
 register_autocast("summarize_context", summarize_context, 2)
 register_autocast("attend_context", attend_context, 1)
+
+count_flops("efficient_attention", lambda q, k, v, *_: products(q[2] + k[2], k, v[3]))
+count_flops("efficient_attention_backward", lambda _do, q, k, v, *_: products(q[2] + k[2], k, v[3], 2))
+count_flops("summarize_context", lambda k, v, *_: products(k[2], k, v[3]))
+count_flops("summarize_context_backward", lambda _ds, _dS, k, v, *_: products(k[2], k, v[3], 2))
+count_flops("attend_context", lambda q, context, *_: products(q[2], q, context[3]))
+count_flops("attend_context_backward", lambda _do, q, context, *_: products(q[2], q, context[3], 2))

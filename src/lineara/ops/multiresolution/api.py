@@ -13,12 +13,14 @@ from lineara.ops.checks import (
     check_forward_mode,
     check_key_and_value,
     check_key_mask,
+    check_packing,
     check_query_and_key,
     check_same_dtype_and_device,
     check_scale,
 )
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.multiresolution import operators, reference
+from lineara.ops.packed import by_sequence
 from lineara.ops.precision import as_autocast, without_autocast
 from lineara.ops.sequence_parallel import name_of_group
 
@@ -43,6 +45,8 @@ def multiresolution_attention(
     key_shape: Sequence[int] | None = None,
     scale: float = 1.0,
     key_mask: Tensor | None = None,
+    cu_seqlens_query: Tensor | None = None,
+    cu_seqlens_key: Tensor | None = None,
     impl: str = "auto",
     group: "Group" = None,
 ) -> Tensor:
@@ -77,6 +81,9 @@ def multiresolution_attention(
         scale: multiplies both query and (compressed) key.
         key_mask: boolean (batch, key positions), True = takes part. What a masked position holds, NaN and inf
             included, reaches neither the output nor a gradient. An item without a valid position gives zeros.
+        cu_seqlens_query: of packed sequences, as `efficient_attention` has them. Windows begin anew with each sequence,
+            and each is computed by a call of its own, whatever the implementation.
+        cu_seqlens_key: the same for keys and values; without a `key_shape`.
         impl: `"auto"`, `"reference"`, `"streaming"` or `"triton"`: the means, never the mathematics. `"triton"` needs
             a GPU, at most 512 channels per head and no float64; `explain_implementation` says what `"auto"` picks.
         group: the ranks over which the positions are sharded, as `efficient_attention` has it: shards are consecutive
@@ -113,9 +120,34 @@ def multiresolution_attention(
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     check_scale(scale)
     _check_resolutions(resolutions, query)
-    key_shape = _checked_shape(key_shape, key)
+    given_shape, key_shape = key_shape, _checked_shape(key_shape, key)
     _check_gate(gate, query)
     _check_weights(key_weight, value_weight, key, value, compression, max(resolutions) ** len(key_shape))
+    check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
+    if cu_seqlens_query is not None and cu_seqlens_key is not None:
+        if given_shape is not None:
+            raise ValueError(f"key_shape must be None with packed sequences, got {tuple(given_shape)}")
+
+        def of_sequence(query: Tensor, gate: Tensor | None, key: Tensor, value: Tensor, key_mask: Tensor | None):
+            return multiresolution_attention(
+                query,
+                key,
+                value,
+                resolutions=resolutions,
+                compression=compression,
+                feature_map=feature_map,
+                gate=gate,
+                key_weight=key_weight,
+                value_weight=value_weight,
+                scale=scale,
+                key_mask=key_mask,
+                impl=impl,
+                group=group,
+            )
+
+        queries = by_sequence(lambda *part: part, cu_seqlens_query, (query, gate))
+        keys = by_sequence(lambda *part: part, cu_seqlens_key, (key, value, key_mask))
+        return torch.cat([of_sequence(*of_query, *of_key) for of_query, of_key in zip(queries, keys)], dim=2)
     group_name = name_of_group(group)
     if not group_name:  # otherwise the whole grid is known later
         resolutions = reference.within(resolutions, compression, max(1, *key_shape))
