@@ -209,3 +209,16 @@ SIZES = ((7, 5), (11, 5), (11, 13))
 )
 def test_windows_are_completed_where_they_begin(lengths, multiple, moves):
     assert sequence_parallel._moves(lengths, multiple) == moves
+
+
+def test_two_processes_hold_half_of_what_one_holds():
+    script = Path(__file__).parents[2] / "benchmarks" / "sequence_parallel_cpu.py"
+    words = [sys.executable, str(script), "--positions", "16384", "--rounds", "1"]
+    process = subprocess.run(words, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    one, two = ([cell.strip() for cell in row.split("|")[1:-1]] for row in process.stdout.splitlines()[-2:])
+    assert (one[:2], two[:2]) == (["16384", "1"], ["16384", "2"])
+    # Eight tensors, and little else.
+    assert 8 * 4 * 16384 * 512 <= 1e6 * float(one[2]) < 9 * 4 * 16384 * 512
+    assert float(two[3]) < 0.6
+    assert (one[-2:], two[-2:]) == (["0", "0"], [str(4 * 8 * (2 * 64 + 64 * 64)), str(4 * 8 * 64 * 64)])
