@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from lineara.measure import rounds
+from lineara.cli import main
+from lineara.measure import commands, rounds
 from lineara.measure.commands import bench
 from lineara.measure.rows import read_rows
 
@@ -59,7 +62,7 @@ def test_rows_report_and_picture_are_written_to_a_folder(called):
     assert picture == Path("new/out/attention.png")
     assert {(point["attention"], point["positions"], point["backward"]) for point in points} == {
         (name, positions, backward)
-        for name in ("lineara", "eager", "dot-product-math")
+        for name in ("efficient", "plain", "softmax")
         for positions in (31, 53)
         for backward in (False, True)
     }
@@ -91,6 +94,26 @@ def test_an_interrupted_run_has_its_report(called, monkeypatch):
     assert "| eager |" in Path("out/attention.md").read_text()
 
 
+def test_the_installed_command_draws_too(called):
+    assert (
+        main(["bench", "attention", *FEW, "--contenders", "eager", "--case_seconds", "0.001", "--output", "out"]) == 0
+    )
+    assert Path("out/attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_the_fastest_of_several_at_each_length(called, monkeypatch):
+    seconds = {"sdpa-flash": {31: 2.0, 53: 9.0}, "sdpa-math": {31: 3.0, 53: 5.0}}
+    rows_of = commands.RowsFile.rows.fget
+    monkeypatch.setattr(
+        commands.RowsFile,
+        "rows",
+        property(lambda self: [replace(row, seconds=seconds[row.contender][row.positions]) for row in rows_of(self)]),
+    )
+    [(points, _)], _ = called(*FEW, "--contenders", *seconds, "--case_seconds", "0.001", "--output", "out")
+    drawn = {(point["attention"], point["positions"], point["seconds"]) for point in points if point["backward"]}
+    assert drawn == {("softmax", 31, 2.0), ("softmax", 53, 5.0)}
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -104,6 +127,13 @@ def test_an_interrupted_run_has_its_report(called, monkeypatch):
 def test_what_cannot_be_measured_is_refused_before_anything_is_written(called, words, sentence):
     with pytest.raises(ValueError, match=sentence):
         called("--device", "cpu", *words)
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_cuda_without_a_device_is_refused_before_anything_is_written(called):
+    with pytest.raises(ValueError, match="device='cuda' needs a CUDA device that torch can use, got none"):
+        called("--device", "cuda")
     assert list(Path().iterdir()) == []
 
 

@@ -168,7 +168,7 @@ def test_as_many_results_are_kept_as_there_are_sets_of_inputs(monkeypatch):
     assert alive == [0, 1, 2, 3, 3, 3, 3, 3]
 
 
-@pytest.mark.parametrize(("inputs_bytes", "copies"), [(10**9, 1), (50 * 2**20, 4), (3 * 2**20, 67), (1, 1024)])
+@pytest.mark.parametrize(("inputs_bytes", "copies"), [(10**9, 1), (50 * 2**20, 4), (3 * 2**20, 67), (1, 256)])
 def test_inputs_rotate_over_several_times_the_cache(monkeypatch, inputs_bytes, copies):
     properties = SimpleNamespace(L2_cache_size=50 * 2**20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

@@ -19,7 +19,7 @@ import lineara.measure.machine as machine
 from lineara.measure.calls import peak_memory
 from lineara.measure.contenders import Contender, chosen
 from lineara.measure.inputs import Inputs, Prepared, check, expected_results, prepare, random_inputs, weighed_call
-from lineara.measure.limits import UNPREDICTED_POSITIONS, Limits, free_bytes, predicted_seconds
+from lineara.measure.limits import UNPREDICTED_POSITIONS, Limits, check_device, free_bytes, predicted_seconds
 from lineara.measure.rounds import Copy, Spread, Step, num_copies, time_in_rounds, time_on_device
 from lineara.measure.rows import MEASURED, Row, RowsFile
 from lineara.measure.shapes import PASSES, Shape
@@ -56,8 +56,7 @@ class Suite:
     def __init__(
         self, file: RowsFile, *, device: str, dtype: str, limits: Limits, progress: Callable[[str], object]
     ) -> None:
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device='cuda' needs a CUDA device that torch can use, got none; use device='cpu'")
+        check_device(device)
         self._file = file
         self._device = device
         self._dtype: torch.dtype = getattr(torch, dtype)

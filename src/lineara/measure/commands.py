@@ -7,16 +7,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lineara.measure.attention import Limits, Suite
+from lineara.measure.attention import Suite
 from lineara.measure.attention_report import attention_report
-from lineara.measure.contenders import EAGER_AND_COMPILED, NAMES, SAME, chosen
+from lineara.measure.contenders import NAMES, SDPA, chosen
 from lineara.measure.cost import cost_table, length_study, measure_costs
+from lineara.measure.limits import Limits, check_device
 from lineara.measure.rows import Row, RowsFile, write_text
 from lineara.measure.shapes import PRESETS, Shape, preset_shapes
+from lineara.measure.targets import Measurements
 
 _DTYPES = ("bfloat16", "float16", "float32")
-# What the picture shows of the same formula, beside dot-product attention.
-_DRAWN = ("lineara", *EAGER_AND_COMPILED)
+# What the picture shows, by the names that `viz.cost_curves` knows: of several contenders the fastest at each length.
+_DRAWN = {
+    "efficient": ("lineara",),
+    "plain": ("eager",),
+    "efficient, channels first": ("eager-map",),
+    "efficient, compiled": ("compile", "compile-map"),
+    "softmax": SDPA,
+}
 Draw = Callable[[list[dict[str, Any]], Path], object]
 
 
@@ -60,7 +68,9 @@ def _add_attention(parser: ArgumentParser) -> None:
     parser.add_argument("--heads", default=8, **number, help="heads, with --positions (default 8)")
     parser.add_argument("--positions", nargs="+", **number, help="lengths in place of a preset")
     parser.add_argument("--head_dim", default=64, **number, help="channels per head, with --positions (default 64)")
-    parser.add_argument("--limit_minutes", type=float, default=9.0, help="begin nothing after so long (default 9)")
+    parser.add_argument(
+        "--limit_minutes", type=float, help="begin nothing later (default 9 on cuda, none on cpu)"
+    )
     parser.add_argument("--limit_seconds", type=float, help="of a quadratic call (default 0.25 on cuda, 20 on cpu)")
     parser.add_argument("--case_seconds", type=float, help="of repeats (default 0.2 on cuda, 5 on cpu)")
     parser.add_argument("--skip_memory", action="store_true", help="do not weigh; on a CPU that takes long")
@@ -96,11 +106,12 @@ def _attention(options: Namespace, draw: Draw, progress: Callable[[str], object]
         width = options.head_dim
         shapes = [Shape(options.batch, options.heads, length, width, width) for length in sorted(options.positions)]
     limits = Limits(
-        minutes=options.limit_minutes,
+        minutes=options.limit_minutes or (None if on_cpu else 9.0),
         call_seconds=options.limit_seconds or (20.0 if on_cpu else 0.25),
         case_seconds=options.case_seconds or (5.0 if on_cpu else 0.2),
         weigh=not options.skip_memory,
     )
+    check_device(device)
     file = RowsFile(options.output / "attention.json")
     try:
         suite = Suite(file, device=device, dtype=dtype, limits=limits, progress=progress)
@@ -115,25 +126,28 @@ def _attention(options: Namespace, draw: Draw, progress: Callable[[str], object]
 
 def _picture(rows: Sequence[Row], path: Path, draw: Draw) -> None:
     """Draw the setting of which most lengths were measured; nothing where there is no matplotlib."""
-    drawn = [row for row in rows if row.measured and row.pass_name != "backward"]
-    drawn = [row for row in drawn if row.contender in _DRAWN or row.contender.startswith("sdpa-")]
     settings: dict[tuple[object, ...], list[Row]] = {}
-    for row in drawn:
-        key = (row.machine, row.dtype, row.batch, row.heads, row.key_dim, row.value_dim)
-        settings.setdefault(key, []).append(row)
+    for row in rows:
+        if row.measured:
+            key = (row.machine, row.dtype, row.batch, row.heads, row.key_dim, row.value_dim)
+            settings.setdefault(key, []).append(row)
     if not settings:
         return
-    most = max(settings.values(), key=lambda alike: len({row.positions for row in alike}))
-    order = {name: place for place, name in enumerate(NAMES)}
-    points = [
-        {
-            "attention": row.contender if row.formula == SAME else row.contender.replace("sdpa", "dot-product"),
-            "positions": row.positions,
-            "backward": row.pass_name != "forward",
-            "seconds": row.seconds,
-            "peak_bytes": row.peak_bytes,
-        }
-        for row in sorted(most, key=lambda row: order.get(row.contender, len(order)))
-    ]
-    with suppress(ImportError):
-        draw(points, path)
+    most = Measurements(max(settings.values(), key=lambda alike: len({row.positions for row in alike})))
+    points: list[dict[str, Any]] = []
+    for label, contenders in _DRAWN.items():
+        for shape, name in dict.fromkeys((row.shape, row.pass_name) for row in most.rows):
+            best = most.best(contenders, shape, name)
+            if best is not None and name != "backward":
+                points.append(
+                    {
+                        "attention": label,
+                        "positions": best.positions,
+                        "backward": name != "forward",
+                        "seconds": best.seconds,
+                        "peak_bytes": best.peak_bytes,
+                    }
+                )
+    if points:
+        with suppress(ImportError):
+            draw(points, path)

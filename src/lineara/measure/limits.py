@@ -29,6 +29,12 @@ class Limits:
     weigh: bool = True
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError for CUDA where torch finds none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda' needs a CUDA device that torch can use, got none; use device='cpu'")
+
+
 def predicted_seconds(row: Row, rows: Iterable[Row]) -> float | None:
     """From the longest length up to this one at which the same contender was measured; None if there is none.
 
