@@ -96,12 +96,13 @@ def test_a_contender_that_cannot_run_is_a_row_with_the_reason(suite):
     }
 
 
-def test_triton_is_measured_or_says_why_not(suite):
+def test_what_auto_picked_is_told(suite):
     made = suite()
-    made.measure([SHAPE], chosen(["lineara", "lineara-triton"]))
-    assert {status.partition(":")[0] for _, status in found(made, "contender", "status")} <= {"measured", "not run"}
-    rows = [row for row in read_rows(made.path) if row.contender == "lineara"]
-    assert [(row.status, row.picked) for row in rows] == [("measured", "streaming")] * 3
+    made.measure([SHAPE], chosen(["lineara", "lineara-reference"]), ["forward"])
+    assert found(made, "contender", "status", "picked") == [
+        ("lineara", "measured", "streaming"),
+        ("lineara-reference", "measured", None),
+    ]
 
 
 def test_rows_are_kept_after_each_pass_and_a_second_run_measures_what_is_missing(suite):

@@ -52,7 +52,7 @@ def called(tmp_path, monkeypatch, capsys):
 
 
 def test_rows_report_and_picture_are_written_to_a_folder(called):
-    contenders = ["--contenders", "lineara", "eager", "lineara-triton", "sdpa-math", "linformer"]
+    contenders = ["--contenders", "lineara", "eager", "sdpa-cudnn", "sdpa-math", "linformer"]
     [(points, picture)], said = called(*FEW, *contenders, "--case_seconds", "0.001", "--output", "new/out")
     assert said.splitlines() == ["new/out/attention.json", "new/out/attention.md"]
     rows = read_rows(Path("new/out/attention.json"))
