@@ -225,9 +225,8 @@ def complaint(group: Any) -> str:
     return "none"
 
 
-def compiled_difference(name: str, options: dict[str, Any]) -> float:
+def compiled_difference(name: str, options: dict[str, Any], group: Any) -> float:
     """The largest difference between a compiled call and the same one, over the output and all gradients."""
-    group = dist.group.WORLD
 
     def call(*tensors: Tensor) -> Tensor:
         return getattr(ops, name)(*tensors, **options, group=group)
@@ -242,6 +241,40 @@ def compiled_difference(name: str, options: dict[str, Any]) -> float:
         output = function(*tensors)
         both.append([output, *torch.autograd.grad(output.sin().sum(), tensors)])
     return max(float((one - other).detach().abs().max()) for one, other in zip(*both))
+
+
+# Packed sequences: of every sequence each of two ranks has a part.
+
+PARTS = ((5, 0, 7), (2, 3, 1))
+
+
+def packed(rank: int | None = None) -> list[Tensor]:
+    """For every sequence the output and the gradients of query, key and value: of a rank's parts, or whole."""
+    generator = torch.Generator().manual_seed(11)
+    lengths = [sum(lengths) for lengths in zip(*PARTS)]
+    tensors = [
+        [torch.randn(1, HEADS, length, channels, generator=generator).double() for length in lengths]
+        for channels in (KEY_DIM, KEY_DIM, VALUE_DIM)
+    ]
+    if rank is None:
+        calls = [[[tensor] for tensor in sequence] for sequence in zip(*tensors)]
+    else:
+        calls = [
+            [[tensor.split([part[i] for part in PARTS], 2)[rank] for i, tensor in enumerate(kind)] for kind in tensors]
+        ]
+    results: list[Tensor] = []
+    for call in calls:
+        leaves = [torch.cat(kind, dim=2).requires_grad_() for kind in call]
+        options: dict[str, Any] = {}
+        if rank is not None:
+            ends = torch.tensor([0, *PARTS[rank]]).cumsum(0, dtype=torch.int32)
+            options = {"cu_seqlens_query": ends, "cu_seqlens_key": ends, "group": dist.group.WORLD}
+        output = ops.efficient_attention(*leaves, **options)
+        given = [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
+        sizes = lengths[len(results) // 4 :][:1] if rank is None else list(PARTS[rank])
+        split = [tensor.split(sizes, 2) for tensor in given]
+        results += [kind[i] for i in range(len(sizes)) for kind in split]
+    return results
 
 
 def main(rank: int, num_ranks: int, folder: Path) -> None:
@@ -276,9 +309,11 @@ def main(rank: int, num_ranks: int, folder: Path) -> None:
             impl: traffic("multiresolution_attention", MULTIRESOLUTION, impl, 16, counter)
             for impl in ("auto", "reference")
         }
-        found["compiled"] = {
-            title: compiled_difference(name, options) for title, (name, options) in COUNTED.items()
-        } | {"reference": compiled_difference("efficient_attention", {"impl": "reference"})}
+        compiled = {title: (*call, dist.group.WORLD) for title, call in COUNTED.items()}
+        compiled["reference"] = ("efficient_attention", {"impl": "reference"}, dist.group.WORLD)
+        compiled["mesh"] = ("efficient_attention", {}, mesh)
+        found["compiled"] = {title: compiled_difference(*call) for title, call in compiled.items()}
+        found["packed"] = packed(rank)
     if num_ranks == 4:
         odd = dist.new_group([1, 3])
         if rank in (1, 3):

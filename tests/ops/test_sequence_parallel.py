@@ -113,10 +113,16 @@ def test_fewer_positions_travel_than_a_window_has(impl, given):
     assert backward["batch_isend_irecv"] == (14 * row if impl == "auto" else 0)
 
 
-@pytest.mark.parametrize("title", [*COUNTED, "reference"])
+@pytest.mark.parametrize("title", [*COUNTED, "reference", "mesh"])
 def test_compiled_calls_give_what_eager_ones_give(title, given):
     for rank in given(2):
         assert rank["compiled"][title] <= 1e-12
+
+
+def test_of_packed_sequences_every_rank_has_its_parts(given):
+    shards = [rank["packed"] for rank in given(2)]
+    for *parts, whole in zip(*shards, calls.packed(), strict=True):
+        torch.testing.assert_close(torch.cat(parts, dim=2), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_wrong_groups_get_one_sentence(given):
