@@ -114,9 +114,8 @@ def _lacking_on(device_type: str, index: int | None) -> str | None:
     """What a device lacks."""
     if find_spec("triton") is None:
         return "the package triton, which is not installed"
-    import triton
-
-    if device_type == "cpu" and triton.knobs.runtime.interpret:
+    knobs: Any = import_module("triton.knobs")
+    if device_type == "cpu" and knobs.runtime.interpret:
         return None
     if device_type != "cuda":
         return f"CUDA tensors, got {device_type}"

@@ -16,9 +16,24 @@ import torch
 _COUNTER = "torch.utils.flop_counter"
 
 
-def products(positions: int, key_shape: Sequence[int], value_dim: int, num_products: int = 1) -> int:
-    """Of products over positions with a K x V matrix, for every item and head of the key."""
-    return 2 * num_products * key_shape[0] * key_shape[1] * positions * key_shape[3] * value_dim
+Shape = Sequence[int]
+
+
+def count_products(operator: str, num_products: int, positions_of: Sequence[int], key: int, value: int) -> None:
+    """Register lineara::operator: products with a K x V matrix at the positions of some of its arguments.
+
+    The arguments are named by their numbers; `key` is one with K channels, `value` one with V.
+    """
+
+    def formula(*shapes: Any) -> int:
+        return products(num_products, sum(shapes[i][2] for i in positions_of), shapes[key], shapes[value])
+
+    count_flops(operator, formula)
+
+
+def products(num_products: int, positions: int, key: Shape, value: Shape) -> int:
+    """Operations of products at so many positions, for every item and head of the key."""
+    return 2 * num_products * key[0] * key[1] * positions * key[3] * value[3]
 
 
 def count_flops(operator: str, formula: Callable[..., int]) -> None:
@@ -31,7 +46,7 @@ def count_flops(operator: str, formula: Callable[..., int]) -> None:
         _WAITING.formulas[operator] = formula
 
 
-def num_windows(key_shape: Sequence[int], resolution: int) -> int:
+def num_windows(key_shape: Shape, resolution: int) -> int:
     return prod(-(-size // resolution) for size in key_shape)
 
 

@@ -5,12 +5,23 @@ number of positions. The kernels read it on the device; everything else computes
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_Result = TypeVar("_Result")
+
+class Positions(NamedTuple):
+    """An argument of which every sequence gets its positions: (1, heads, positions, ...), a mask, or None."""
+
+    tensor: Tensor | None
+
+
+class Row(NamedTuple):
+    """An argument of which every sequence gets its item: (number of sequences, ...)."""
+
+    tensor: Tensor
 
 
 def in_sequences(tensor: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -18,23 +29,16 @@ def in_sequences(tensor: Tensor, cu_seqlens: Tensor | None) -> int:
     return tensor.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def by_sequence(
-    compute: Callable[..., _Result],
-    cu_seqlens: Tensor,
-    long: Sequence[Tensor | None],
-    short: Sequence[Tensor | None] = (),
-) -> list[_Result]:
-    """compute(*long, *short) for every sequence: its positions of the long tensors, its row of the short ones.
-
-    A long tensor is (1, heads, positions, ...), or a mask (1, positions); None stays None.
+def by_sequence(compute: Callable[..., Any], cu_seqlens: Tensor, *arguments: object) -> list[Any]:
+    """compute(*arguments) for every sequence, with its part of those that are `Positions` or `Row`.
 
     Raises:
         ValueError: unless cu_seqlens rises from 0 to the number of positions.
     """
-    starts: list[int] = cu_seqlens.tolist()  # pyright: ignore[reportUnknownMemberType] - torch has no types for it
+    starts: list[int] = cu_seqlens.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     return [
-        compute(*(_positions(tensor, starts, i) for tensor in long), *(_row(tensor, i) for tensor in short))
-        for i in range(len(starts) - 1)
+        compute(*(_of_sequence(argument, start, end, i, starts) for argument in arguments))
+        for i, (start, end) in enumerate(pairwise(starts))
     ]
 
 
@@ -48,17 +52,18 @@ def joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.cat(tensors, dim=2) for tensors in zip(*parts)]
 
 
-def _positions(tensor: Tensor | None, starts: list[int], i: int) -> Tensor | None:
-    if tensor is None:
+def _of_sequence(argument: object, start: int, end: int, i: int, starts: list[int]) -> object:
+    if isinstance(argument, Row):
+        return argument.tensor[i : i + 1]
+    if not isinstance(argument, Positions):
+        return argument
+    if argument.tensor is None:
         return None
-    axis = 1 if tensor.dim() == 2 else 2
-    if starts[0] != 0 or starts[-1] != tensor.shape[axis] or starts[i] > starts[i + 1]:
+    axis = 1 if argument.tensor.dim() == 2 else 2
+    num_positions = argument.tensor.shape[axis]
+    if starts[0] != 0 or starts[-1] != num_positions or start > end:
         raise ValueError(
-            f"cu_seqlens must rise from 0 to the number of positions, {tensor.shape[axis]}, got "
+            f"cu_seqlens must rise from 0 to the number of positions, {num_positions}, got "
             f"{', '.join(map(str, starts[:8]))}{', ...' if len(starts) > 8 else ''}"
         )
-    return tensor.narrow(axis, starts[i], starts[i + 1] - starts[i])
-
-
-def _row(tensor: Tensor | None, i: int) -> Tensor | None:
-    return None if tensor is None else tensor[i : i + 1]
+    return argument.tensor.narrow(axis, start, end - start)

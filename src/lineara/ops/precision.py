@@ -1,11 +1,12 @@
 """The dtypes that the operations compute in."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, Library
+from torch.library import Library
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -30,7 +31,7 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(tensor.device.type, enabled=False) if _autocasts(tensor) else nullcontext()
 
 
-def register_autocast(name: str, operator: CustomOpDef, num_inputs: int) -> None:
+def register_autocast(name: str, operator: Callable[..., Any], num_inputs: int) -> None:
     """Let lineara::name cast its first inputs under torch.autocast, to the dtype asked for there and then.
 
     (torch.library.register_autocast knows one dtype for ever.)
@@ -42,7 +43,7 @@ def register_autocast(name: str, operator: CustomOpDef, num_inputs: int) -> None
             return operator(*tensors, *arguments[num_inputs:])
 
     for key in ("AutocastCPU", "AutocastCUDA"):
-        _LIBRARY.impl(name, cast, key)
+        _LIBRARY.impl(name, cast, key)  # pyright: ignore[reportUnknownMemberType] - torch types it in part
 
 
 _LIBRARY = Library("lineara", "FRAGMENT")

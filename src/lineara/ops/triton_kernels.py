@@ -15,7 +15,8 @@ Letters in comments: R rows (one per item or sequence, and head), P splits of a 
 block, K key channels, V value channels.
 """
 
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # (Triton's language has no types)
 
 from functools import cache

@@ -160,8 +160,10 @@ def summarize_context(
     tensors = (key, value, key_mask, cu_seqlens)
     if implementation != "reference":
         check_forward_mode(implementation, key, value)
-        summary = operators.summarize_context(*tensors, normalization, float(scale), implementation)
-        return ContextSummary(*summary, normalization, float(scale))
+        maximum, total, weighted_sum = operators.summarize_context(
+            *tensors, normalization, float(scale), implementation
+        )
+        return ContextSummary(maximum, total, weighted_sum, normalization, float(scale))
     with without_autocast(key):
         return reference.summarize_context(*tensors, normalization=normalization, scale=float(scale))
 

@@ -20,7 +20,7 @@ from lineara.ops.dispatch import passes
 from lineara.ops.efficient import reference
 from lineara.ops.efficient.reference import ContextSummary
 from lineara.ops.efficient.streaming import context_backward
-from lineara.ops.flops import count_flops, products
+from lineara.ops.flops import count_products
 from lineara.ops.packed import in_sequences
 from lineara.ops.precision import accumulation_dtype, register_autocast
 from lineara.ops.sequence_parallel import sum_over_group
@@ -41,8 +41,8 @@ def efficient_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and what the backward pass needs beside the inputs: maximum, total and context matrix."""
     run = passes("efficient", impl)
-    summary = run.summarize(key, value, key_mask, normalization, scale, cu_seqlens_key)
-    summary = ContextSummary(*summary, normalization, scale)
+    maximum, total, weighted_sum = run.summarize(key, value, key_mask, normalization, scale, cu_seqlens_key)
+    summary = ContextSummary(maximum, total, weighted_sum, normalization, scale)
     maximum, total, context = reference.context_over_ranks(summary, group_name)
     return run.attend(query, context, normalization, scale, cu_seqlens_query), maximum, total, context
 
@@ -248,9 +248,9 @@ register_autocast("efficient_attention", efficient_attention, 3)
 register_autocast("summarize_context", summarize_context, 2)
 register_autocast("attend_context", attend_context, 1)
 
-count_flops("efficient_attention", lambda q, k, v, *_: products(q[2] + k[2], k, v[3]))
-count_flops("efficient_attention_backward", lambda _do, q, k, v, *_: products(q[2] + k[2], k, v[3], 2))
-count_flops("summarize_context", lambda k, v, *_: products(k[2], k, v[3]))
-count_flops("summarize_context_backward", lambda _ds, _dS, k, v, *_: products(k[2], k, v[3], 2))
-count_flops("attend_context", lambda q, context, *_: products(q[2], q, context[3]))
-count_flops("attend_context_backward", lambda _do, q, context, *_: products(q[2], q, context[3], 2))
+count_products("efficient_attention", 1, positions_of=(0, 1), key=1, value=2)
+count_products("efficient_attention_backward", 2, positions_of=(1, 2), key=2, value=3)
+count_products("summarize_context", 1, positions_of=(0,), key=0, value=1)
+count_products("summarize_context_backward", 2, positions_of=(2,), key=2, value=3)
+count_products("attend_context", 1, positions_of=(0,), key=0, value=1)
+count_products("attend_context_backward", 2, positions_of=(1,), key=1, value=2)

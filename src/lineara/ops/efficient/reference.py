@@ -3,12 +3,13 @@
 Letters in comments: B batch, H heads, N query positions, M key positions, K key channels, V value channels.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lineara.ops.packed import by_sequence, joined, stacked
+from lineara.ops.packed import Positions, Row, by_sequence, stacked
 from lineara.ops.precision import accumulation_dtype
 from lineara.ops.sequence_parallel import context_over_group, maximum_over_group, sums_over_group
 
@@ -63,9 +64,10 @@ def summarize_context(
     scale: float,
 ) -> ContextSummary:
     if cu_seqlens is not None:
-        options = {"normalization": normalization, "scale": scale}
-        parts = by_sequence(lambda *part: summarize_context(*part, **options)[:3], cu_seqlens, (key, value, key_mask))
-        return ContextSummary(*stacked(parts), normalization, scale)
+        summarize = partial(summarize_context, normalization=normalization, scale=scale)
+        parts = by_sequence(summarize, cu_seqlens, Positions(key), Positions(value), Positions(key_mask))
+        maximum, total, weighted_sum = stacked([part[:3] for part in parts])
+        return ContextSummary(maximum, total, weighted_sum, normalization, scale)
     num_valid = count_positions(key, key_mask)  # (B, H, K)
     fill = -torch.inf if normalization == "softmax" else 0.0
     key, value = prepare(key, value, scale, key_mask, fill)  # (B, H, M, K), (B, H, M, V)
@@ -126,8 +128,8 @@ def apply_context(
     query: Tensor, context: Tensor, normalization: str, scale: float, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     if cu_seqlens is not None:
-        one = lambda *part: (apply_context(*part, normalization, scale),)  # noqa: E731
-        return joined(by_sequence(one, cu_seqlens, (query,), (context,)))[0]
+        parts = by_sequence(apply_context, cu_seqlens, Positions(query), Row(context), normalization, scale)
+        return torch.cat(parts, dim=2)
     scaled = times_scale(query, scale)  # (B, H, N, K)
     weights = scaled.softmax(dim=3) if normalization == "softmax" else scaled
     return (weights @ context).to(query.dtype)  # (B, H, N, V)
@@ -170,8 +172,8 @@ def context_of(
 ) -> Tensor:
     """rho_k(K)^T V: (B, H, K, V). (A function, so that its long tensors are gone when the queries' turn comes.)"""
     if cu_seqlens is not None:
-        one = lambda k, v, mask: (context_of(k, v, normalization, scale, mask),)  # noqa: E731
-        return stacked(by_sequence(one, cu_seqlens, (key, value, key_mask)))[0]
+        tensors = (Positions(key), Positions(value))
+        return torch.cat(by_sequence(context_of, cu_seqlens, *tensors, normalization, scale, Positions(key_mask)))
     softmax = normalization == "softmax"
     # The lowest number, not -inf, so that the softmax of an item without valid positions is not NaN.
     fill = torch.finfo(accumulation_dtype(key.dtype)).min if softmax else 0.0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lineara.ops.blocks import Buffer, blocks, empty_like_query, hidden_positions
 from lineara.ops.efficient.reference import count_positions, finite_shift
-from lineara.ops.packed import by_sequence, joined, stacked
+from lineara.ops.packed import Positions, Row, by_sequence, joined, stacked
 from lineara.ops.precision import accumulation_dtype
 
 
@@ -27,7 +27,9 @@ def summarize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maximum (B, H, K), total (B, H, K) and weighted sum (B, H, K, V) of `reference.ContextSummary`."""
     if cu_seqlens is not None:
-        parts = by_sequence(lambda *part: summarize(*part, normalization, scale), cu_seqlens, (key, value, key_mask))
+        parts = by_sequence(
+            summarize, cu_seqlens, Positions(key), Positions(value), Positions(key_mask), normalization, scale
+        )
         maximum, total, weighted_sum = stacked(parts)
         return maximum, total, weighted_sum
     softmax = normalization == "softmax"
@@ -70,12 +72,12 @@ def summarize_backward(
     For scaling dV = K dS and dK = V dS^T.
     """
     if cu_seqlens is not None:
-
-        def of_one(key: Tensor, value: Tensor, key_mask: Tensor | None, *short: Tensor):
-            return summarize_backward(*short[:2], key, value, key_mask, short[2], normalization, scale)
-
-        short = (grad_total, grad_weighted_sum, maximum)
-        grad_key, grad_value = joined(by_sequence(of_one, cu_seqlens, (key, value, key_mask), short))
+        sums, inputs = (
+            (Row(grad_total), Row(grad_weighted_sum)),
+            (Positions(key), Positions(value), Positions(key_mask)),
+        )
+        options = (Row(maximum), normalization, scale)
+        grad_key, grad_value = joined(by_sequence(summarize_backward, cu_seqlens, *sums, *inputs, *options))
         return grad_key, grad_value
     softmax = normalization == "softmax"
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
@@ -119,8 +121,7 @@ def attend(
 ) -> Tensor:
     """The query weights of every position, times the context matrix: (B, H, N, V)."""
     if cu_seqlens is not None:
-        parts = by_sequence(lambda *part: (attend(*part, normalization, scale),), cu_seqlens, (query,), (context,))
-        return joined(parts)[0]
+        return torch.cat(by_sequence(attend, cu_seqlens, Positions(query), Row(context), normalization, scale), dim=2)
     output = empty_like_query(query, context.shape[3])
     query_buffer, output_buffer = Buffer(query), Buffer(output)
     for (q, o), (C,) in blocks((query, output), (context,)):
@@ -142,9 +143,8 @@ def attend_backward(
     For scaling dQ = G.
     """
     if cu_seqlens is not None:
-        parts = by_sequence(
-            lambda *part: attend_backward(*part, normalization, scale), cu_seqlens, (grad_output, query), (context,)
-        )
+        long = (Positions(grad_output), Positions(query))
+        parts = by_sequence(attend_backward, cu_seqlens, *long, Row(context), normalization, scale)
         return joined([part[:1] for part in parts])[0], stacked([part[1:] for part in parts])[0]
     grad_query = torch.empty_like(query)
     grad_context = torch.zeros_like(context, memory_format=torch.contiguous_format)

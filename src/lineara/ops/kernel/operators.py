@@ -13,7 +13,7 @@ from torch.library import custom_op
 from lineara.ops.blocks import empty_like_query
 from lineara.ops.differentiation import reference_gradients
 from lineara.ops.dispatch import passes
-from lineara.ops.flops import count_flops, products
+from lineara.ops.flops import count_products
 from lineara.ops.kernel import reference
 from lineara.ops.packed import in_sequences
 from lineara.ops.precision import accumulation_dtype, register_autocast
@@ -116,5 +116,5 @@ def _gradients(ctx: Any, grad_output: Tensor | None, *_: None):
 kernel_attention.register_autograd(_gradients, setup_context=_save)
 register_autocast("kernel_attention", kernel_attention, 3)
 
-count_flops("kernel_attention", lambda q, k, v, *_: products(q[2] + k[2], k, v[3]))
-count_flops("kernel_attention_backward", lambda _do, q, k, v, *_: products(q[2] + k[2], k, v[3], 2))
+count_products("kernel_attention", 1, positions_of=(0, 1), key=1, value=2)
+count_products("kernel_attention_backward", 2, positions_of=(1, 2), key=2, value=3)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lineara.ops.efficient.reference import prepare, times_scale
-from lineara.ops.packed import by_sequence, joined, stacked
+from lineara.ops.packed import Positions, Row, by_sequence, stacked
 from lineara.ops.sequence_parallel import sums_over_group
 
 
@@ -39,8 +39,9 @@ def summarize(
 ) -> tuple[Tensor, Tensor]:
     """The sums over positions of phi(key), (B, H, K), and of phi(key)^T value, (B, H, K, V)."""
     if cu_seqlens is not None:
-        one = lambda k, v, mask: summarize(k, v, feature_map, scale, mask)  # noqa: E731
-        total, weighted_sum = stacked(by_sequence(one, cu_seqlens, (key, value, key_mask)))
+        tensors = (Positions(key), Positions(value))
+        parts = by_sequence(summarize, cu_seqlens, *tensors, feature_map, scale, Positions(key_mask))
+        total, weighted_sum = stacked(parts)
         return total, weighted_sum
     key, value = prepare(key, value, scale, key_mask, 0.0)  # (B, H, M, K), (B, H, M, V)
     weights = features(key, feature_map)
@@ -58,8 +59,8 @@ def apply(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     if cu_seqlens is not None:
-        one = lambda *part: (apply(*part, feature_map, scale),)  # noqa: E731
-        return joined(by_sequence(one, cu_seqlens, (query,), (total, weighted_sum)))[0]
+        sums = (Row(total), Row(weighted_sum))
+        return torch.cat(by_sequence(apply, cu_seqlens, Positions(query), *sums, feature_map, scale), dim=2)
     weights = features(times_scale(query, scale), feature_map)  # (B, H, N, K)
     denominator = weights @ total[..., None]  # (B, H, N, 1)
     defined = denominator >= torch.finfo(denominator.dtype).tiny

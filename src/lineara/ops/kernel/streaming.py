@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lineara.ops.blocks import Buffer, blocks, empty_like_query, hidden_positions
-from lineara.ops.packed import by_sequence, joined, stacked
+from lineara.ops.packed import Positions, Row, by_sequence, joined, stacked
 from lineara.ops.precision import accumulation_dtype
 
 
@@ -25,8 +25,8 @@ def summarize(
 ) -> tuple[Tensor, Tensor]:
     """The sums over positions of phi(key), (B, H, K), and of phi(key)^T value, (B, H, K, V)."""
     if cu_seqlens is not None:
-        parts = by_sequence(lambda *part: summarize(*part, feature_map, scale), cu_seqlens, (key, value, key_mask))
-        total, weighted_sum = stacked(parts)
+        inputs = (Positions(key), Positions(value), Positions(key_mask))
+        total, weighted_sum = stacked(by_sequence(summarize, cu_seqlens, *inputs, feature_map, scale))
         return total, weighted_sum
     batch, heads, _, key_dim = key.shape
     total = key.new_zeros((batch, heads, key_dim), dtype=accumulation_dtype(key.dtype))
@@ -53,12 +53,12 @@ def summarize_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of key and value: with P = phi(K), dV = P dS and dK = phi'(K) * (V dS^T + dz)."""
     if cu_seqlens is not None:
-
-        def of_one(key: Tensor, value: Tensor, key_mask: Tensor | None, *short: Tensor):
-            return summarize_backward(*short, key, value, key_mask, feature_map, scale)
-
-        short = (grad_total, grad_weighted_sum)
-        grad_key, grad_value = joined(by_sequence(of_one, cu_seqlens, (key, value, key_mask), short))
+        sums, inputs = (
+            (Row(grad_total), Row(grad_weighted_sum)),
+            (Positions(key), Positions(value), Positions(key_mask)),
+        )
+        parts = by_sequence(summarize_backward, cu_seqlens, *sums, *inputs, feature_map, scale)
+        grad_key, grad_value = joined(parts)
         return grad_key, grad_value
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     hidden = hidden_positions(key_mask, key)
@@ -91,11 +91,8 @@ def attend(
     The gate is (B, H, N) or None.
     """
     if cu_seqlens is not None:
-
-        def of_one(query: Tensor, gate: Tensor | None, *short: Tensor):
-            return (attend(query, *short, gate, feature_map, scale),)
-
-        return joined(by_sequence(of_one, cu_seqlens, (query, gate), (total, context)))[0]
+        tensors = (Positions(query), Row(total), Row(context), Positions(gate))
+        return torch.cat(by_sequence(attend, cu_seqlens, *tensors, feature_map, scale), dim=2)
     output = empty_like_query(query, context.shape[3])
     query_buffer, output_buffer = Buffer(query), Buffer(output)
     for (q, o, g), (z, C) in blocks((query, output, _gates(gate, query)), (total, context)):
@@ -124,13 +121,10 @@ def attend_backward(
     dC = P^T (g i dO), dz = -P^T (g i r) and dP = g i (T - r z). Softmax has i = 1, z = 0 and dQ = P * g (T - r).
     """
     if cu_seqlens is not None:
-
-        def of_one(grad_output: Tensor, query: Tensor, gate: Tensor | None, *short: Tensor):
-            return attend_backward(grad_output, query, *short, gate, feature_map, scale)
-
-        parts = by_sequence(of_one, cu_seqlens, (grad_output, query, gate), (total, context))
+        tensors = (Positions(grad_output), Positions(query), Row(total), Row(context), Positions(gate))
+        parts = by_sequence(attend_backward, cu_seqlens, *tensors, feature_map, scale)
         grad_total, grad_context = stacked([part[1:3] for part in parts])
-        grad_gate = None if gate is None else torch.cat([part[3] for part in parts if part[3] is not None], dim=2)
+        grad_gate = None if gate is None else torch.cat([part[3] for part in parts], dim=2)
         return joined([part[:1] for part in parts])[0], grad_total, grad_context, grad_gate
     softmax = feature_map == "softmax"
     grad_query = torch.empty_like(query)

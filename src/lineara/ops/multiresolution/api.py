@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from lineara.ops.checks import (
 )
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.multiresolution import operators, reference
-from lineara.ops.packed import by_sequence
+from lineara.ops.packed import Positions, by_sequence
 from lineara.ops.precision import as_autocast, without_autocast
 from lineara.ops.sequence_parallel import name_of_group
 
@@ -128,26 +129,21 @@ def multiresolution_attention(
         if given_shape is not None:
             raise ValueError(f"key_shape must be None with packed sequences, got {tuple(given_shape)}")
 
-        def of_sequence(query: Tensor, gate: Tensor | None, key: Tensor, value: Tensor, key_mask: Tensor | None):
-            return multiresolution_attention(
-                query,
-                key,
-                value,
-                resolutions=resolutions,
-                compression=compression,
-                feature_map=feature_map,
-                gate=gate,
-                key_weight=key_weight,
-                value_weight=value_weight,
-                scale=scale,
-                key_mask=key_mask,
-                impl=impl,
-                group=group,
-            )
-
-        queries = by_sequence(lambda *part: part, cu_seqlens_query, (query, gate))
-        keys = by_sequence(lambda *part: part, cu_seqlens_key, (key, value, key_mask))
-        return torch.cat([of_sequence(*of_query, *of_key) for of_query, of_key in zip(queries, keys)], dim=2)
+        one = partial(
+            multiresolution_attention,
+            resolutions=resolutions,
+            compression=compression,
+            feature_map=feature_map,
+            key_weight=key_weight,
+            value_weight=value_weight,
+            scale=scale,
+            impl=impl,
+            group=group,
+        )
+        queries = by_sequence(_together, cu_seqlens_query, Positions(query), Positions(gate))
+        keys = by_sequence(_together, cu_seqlens_key, Positions(key), Positions(value), Positions(key_mask))
+        outputs = [one(q, k, v, gate=g, key_mask=mask) for (q, g), (k, v, mask) in zip(queries, keys)]
+        return torch.cat(outputs, dim=2)
     group_name = name_of_group(group)
     if not group_name:  # otherwise the whole grid is known later
         resolutions = reference.within(resolutions, compression, max(1, *key_shape))
@@ -176,6 +172,10 @@ def multiresolution_attention(
             key_mask=key_mask,
             group_name=group_name,
         )
+
+
+def _together(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tensors
 
 
 def _check_resolutions(resolutions: Sequence[int], query: Tensor) -> None:

@@ -14,7 +14,7 @@ from lineara.ops.blocks import empty_like_query
 from lineara.ops.differentiation import reference_gradients
 from lineara.ops.dispatch import passes
 from lineara.ops.efficient.streaming import context_backward
-from lineara.ops.flops import count_flops, num_windows, products
+from lineara.ops.flops import Shape, count_flops, num_windows, products
 from lineara.ops.multiresolution import reference
 from lineara.ops.multiresolution.streaming import Compression
 from lineara.ops.precision import accumulation_dtype, register_autocast
@@ -204,11 +204,15 @@ multiresolution_attention.register_autograd(_gradients, setup_context=_save)
 register_autocast("multiresolution_attention", multiresolution_attention, _NUM_TENSORS)
 
 
-def _flops(num_products: int, q: Sequence[int], k: Sequence[int], v: Sequence[int], *rest: Any) -> int:
+def _flops(query: Shape, key: Shape, value: Shape, *rest: Any) -> int:
     resolutions, key_shape = rest[-7], rest[-6]
-    positions = sum(q[2] + num_windows(key_shape, resolution) for resolution in resolutions)
-    return products(positions, (k[0], 1, *k[2:]), v[3], num_products)
+    positions = sum(query[2] + num_windows(key_shape, resolution) for resolution in resolutions)
+    return products(1, positions, (key[0], 1, *key[2:]), value)
 
 
-count_flops("multiresolution_attention", lambda *arguments: _flops(1, *arguments))
-count_flops("multiresolution_attention_backward", lambda _do, *arguments: _flops(2, *arguments))
+def _backward_flops(_: Shape, *arguments: Any) -> int:
+    return 2 * _flops(*arguments)
+
+
+count_flops("multiresolution_attention", _flops)
+count_flops("multiresolution_attention_backward", _backward_flops)

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from lineara.ops import triton_kernels as kernels
 from lineara.ops.multiresolution import streaming
-from lineara.ops.multiresolution.reference import groups
-from lineara.ops.multiresolution.streaming import Compression
+from lineara.ops.multiresolution.streaming import Compression, groups
 
 
 def summarize(
@@ -51,9 +50,9 @@ def summarize_backward(
         )
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     for heads, resolution in groups(compression.resolutions):
-        short = (tensor[:, heads] for tensor in (grad_total, grad_weighted_sum))
         kernels.summarize_backward(
-            *short,
+            grad_total[:, heads],
+            grad_weighted_sum[:, heads],
             key[:, heads],
             value[:, heads],
             key_mask,
