@@ -124,9 +124,8 @@ def test_rows_are_kept_after_each_pass_and_a_second_run_measures_what_is_missing
     assert found(second, "positions", "status") == [(37, "measured"), (11, "measured")]
 
 
-def test_a_reason_does_not_take_the_place_of_a_measurement(suite, monkeypatch):
+def test_a_reason_does_not_take_the_place_of_a_measurement(suite):
     suite().measure([SHAPE], [contender("a")], ["forward"])
-    monkeypatch.setattr(attention.RowsFile, "has", lambda self, row: False)
     late = suite(minutes=0.0)
     late.measure([SHAPE], [contender("a"), contender("b")], ["forward"])
     assert found(late, "contender", "status") == [

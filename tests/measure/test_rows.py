@@ -28,8 +28,8 @@ def test_a_second_file_on_top_goes_on_from_the_first(row, tmp_path):
     assert not second.has(row(machine="Another"))
     assert not second.has(row(code="other"))
     assert not second.has(row(versions="torch 3"))
-    second.add([row(seconds=5.0, code="other")])
-    assert [one.seconds for one in read_rows(path)] == [5.0, None]
+    second.add([row(seconds=5.0), row(seconds=6.0, code="other")])
+    assert [one.seconds for one in read_rows(path)] == [5.0, None, 6.0]
 
 
 def test_a_killed_write_leaves_the_old_file(row, tmp_path, monkeypatch):
@@ -65,7 +65,7 @@ def test_fields_of_later_versions_are_ignored(row, tmp_path):
 
 
 def test_a_case_is_the_same_whatever_was_found(row, tmp_path):
-    assert row().case == replace(row(), seconds=2.0, status="not run: late", code="other").case
+    assert row().case == replace(row(), seconds=2.0, status="not run: late", commit="other", date="later").case
     assert row().case != row("eager").case
 
 

@@ -43,7 +43,7 @@ class Suite:
     """One run of the suite on one device in one dtype.
 
     Args:
-        file: where rows are kept; cases that it has, measured by the same sources, are not measured again.
+        file: where rows are kept; cases that it has, measured by the same sources and versions, are not measured again.
         device: `"cpu"` or `"cuda"`.
         dtype: `"bfloat16"`, `"float16"` or `"float32"`.
         limits: see `Limits`.
@@ -99,7 +99,7 @@ class Suite:
         found = self._inputs(shape, name)
         if isinstance(found, str):
             self._progress(f"{shape}, {name}: not run: {found}")
-            self._keep([self._row(one, shape, name, f"not run: {found}") for one in contenders])
+            self._file.add([self._row(one, shape, name, f"not run: {found}") for one in contenders])
             return
         inputs, expected = found
         ready: dict[str, Prepared] = {}
@@ -120,7 +120,7 @@ class Suite:
         for row in rows.values():
             said = row.status if row.seconds is None else f"{row.seconds * 1e3:.4g} ms"
             self._progress(f"{shape}, {name}, {row.contender}: {said}")
-        self._keep(rows.values())
+        self._file.add(rows.values())
 
     def _inputs(self, shape: Shape, name: str) -> tuple[list[Inputs], list[Tensor]] | str:
         """Sets of inputs and what is expected of the first one; or the reason why nothing can run at a shape."""
@@ -268,8 +268,3 @@ class Suite:
         told = [str(warning.message).partition(" (Triggered")[0][:200] for warning in said]
         words = "; ".join(dict.fromkeys([words, *told[1:3]]))
         return words if isinstance(error, ModuleNotFoundError) else f"{type(error).__name__}: {words}"
-
-    def _keep(self, rows: Iterable[Row]) -> None:
-        # A reason must not take the place of a measurement.
-        measured = {row.case for row in self._file.rows if row.measured and row.code == self._blank.code}
-        self._file.add(row for row in rows if row.measured or row.case not in measured)

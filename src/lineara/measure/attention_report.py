@@ -19,23 +19,22 @@ formula agreed with the reference, in its output and in the gradients of its pas
 
 
 def attention_report(rows: Sequence[Row]) -> str:
-    """Markdown of one section for each device, dtype and machine among the rows.
+    """Markdown of one section for each device, machine, dtype and state of sources and versions among the rows.
 
     Raises:
         ValueError: for no rows.
     """
     if not rows:
         raise ValueError("rows must hold at least one case, got none")
-    ordered = sorted(rows, key=lambda row: (row.device, row.machine, row.dtype))
     parts = ["# Efficient attention against others", _EXPLANATION]
-    for _, group in groupby(ordered, key=lambda row: (row.device, row.machine, row.dtype)):
+    for _, group in groupby(sorted(rows, key=_setting), key=_setting):
         parts += _sections(list(group))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _sections(rows: Sequence[Row]) -> list[str]:
     measurements = Measurements(rows)
-    parts = [f"## {rows[0].machine}, {rows[0].dtype}", _provenance(rows)]
+    parts = [f"## {rows[0].machine}, {rows[0].dtype}, sources {rows[0].code}", _provenance(rows)]
     if not measurements.rows:
         return [*parts, _not_run(rows)]
     if rows[0].device == "cuda":
@@ -46,26 +45,27 @@ def _sections(rows: Sequence[Row]) -> list[str]:
     return parts
 
 
+def _setting(row: Row) -> tuple[str, ...]:
+    """What rows must share to be held against each other."""
+    return (row.device, row.machine, row.dtype, row.code, row.versions)
+
+
 def _provenance(rows: Sequence[Row]) -> str:
-    lines: list[str] = []
-    for (date, commit, code, versions), group in groupby(
-        sorted(rows, key=_origin), key=lambda row: (row.date, row.commit, row.code, row.versions)
-    ):
+    lines = [f"- {rows[0].versions}."]
+    for (date, commit), group in groupby(sorted(rows, key=_origin), key=_origin):
         found = [row for row in group if row.measured]
         copies = sorted({row.copy_bytes_per_second or 0.0 for row in found})
         reached = " and ".join(f"{copy / 1e9:,.1f}" for copy in copies) or "unknown"
         plural = "" if len(found) == 1 else "s"
-        lines.append(
-            f"- {date}, commit {commit}, sources {code}: {len(found)} measurement{plural}; the copy: {reached} GB/s. "
-            f"{versions}."
-        )
+        lines.append(f"- {date}, commit {commit}: {len(found)} measurement{plural}; the copy: {reached} GB/s.")
     picked = sorted({row.picked for row in rows if row.picked})
-    lines.append(f"- `{OURS}` is `ops.efficient_attention(impl='auto')`, which picked {' and '.join(picked) or '-'}.")
+    if picked:
+        lines.append(f"- `{OURS}` is `ops.efficient_attention(impl='auto')`, which picked {' and '.join(picked)}.")
     return "\n".join(lines)
 
 
-def _origin(row: Row) -> tuple[str, ...]:
-    return (row.date, row.commit, row.code, row.versions)
+def _origin(row: Row) -> tuple[str, str]:
+    return row.date, row.commit
 
 
 def _targets(measurements: Measurements) -> str:

@@ -68,9 +68,7 @@ def _add_attention(parser: ArgumentParser) -> None:
     parser.add_argument("--heads", default=8, **number, help="heads, with --positions (default 8)")
     parser.add_argument("--positions", nargs="+", **number, help="lengths in place of a preset")
     parser.add_argument("--head_dim", default=64, **number, help="channels per head, with --positions (default 64)")
-    parser.add_argument(
-        "--limit_minutes", type=float, help="begin nothing later (default 9 on cuda, none on cpu)"
-    )
+    parser.add_argument("--limit_minutes", type=float, help="begin nothing later (default 9 on cuda, none on cpu)")
     parser.add_argument("--limit_seconds", type=float, help="of a quadratic call (default 0.25 on cuda, 20 on cpu)")
     parser.add_argument("--case_seconds", type=float, help="of repeats (default 0.2 on cuda, 5 on cpu)")
     parser.add_argument("--skip_memory", action="store_true", help="do not weigh; on a CPU that takes long")
@@ -125,15 +123,17 @@ def _attention(options: Namespace, draw: Draw, progress: Callable[[str], object]
 
 
 def _picture(rows: Sequence[Row], path: Path, draw: Draw) -> None:
-    """Draw the setting of which most lengths were measured; nothing where there is no matplotlib."""
+    """Draw the setting of which most lengths were measured, the newest of several; nothing without matplotlib."""
     settings: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         if row.measured:
-            key = (row.machine, row.dtype, row.batch, row.heads, row.key_dim, row.value_dim)
+            source = (row.machine, row.dtype, row.versions, row.code)
+            key = (*source, row.batch, row.heads, row.key_dim, row.value_dim)
             settings.setdefault(key, []).append(row)
     if not settings:
         return
-    most = Measurements(max(settings.values(), key=lambda alike: len({row.positions for row in alike})))
+    newest_first = reversed(settings.values())
+    most = Measurements(max(newest_first, key=lambda alike: len({row.positions for row in alike})))
     points: list[dict[str, Any]] = []
     for label, contenders in _DRAWN.items():
         for shape, name in dict.fromkeys((row.shape, row.pass_name) for row in most.rows):

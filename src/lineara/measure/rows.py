@@ -17,7 +17,7 @@ class Row:
 
     Args:
         status: `"measured"`, or `"not run: <reason>"`; then all that follows `code` is None.
-        code: digest of the sources that ran; a second run measures anew what other sources measured.
+        code: digest of the sources that ran; what other sources measured is another case.
         seconds: median of a call with its launches; `seconds_low` and `seconds_high` are the tenth and ninetieth
             percentile of `repeats` calls.
         device_seconds: median without the launches, on CUDA devices, where they could matter.
@@ -66,7 +66,8 @@ class Row:
     @property
     def case(self) -> tuple[object, ...]:
         """What a file has one row of."""
-        return (self.contender, self.shape, self.pass_name, self.dtype, self.device, self.machine)
+        setting = (self.dtype, self.device, self.machine, self.versions, self.code)
+        return (self.contender, self.shape, self.pass_name, *setting)
 
 
 class RowsFile:
@@ -92,9 +93,9 @@ class RowsFile:
         self._write()
 
     def has(self, row: Row) -> bool:
-        """Whether this case was measured, by the same sources and versions."""
+        """Whether this case was measured."""
         old = self._rows.get(row.case)
-        return old is not None and old.measured and (old.code, old.versions) == (row.code, row.versions)
+        return old is not None and old.measured
 
     def _write(self) -> None:
         write_text(self.path, json.dumps([asdict(row) for row in self.rows], indent=1) + "\n")

@@ -26,11 +26,11 @@ _STYLES = {
 }
 _OTHER_STYLES = (
     ("#444444", "P"),
-    ("#F0E442", "X"),
+    ("#6A3D9A", "X"),
     ("#999999", "<"),
     ("#8C564B", ">"),
     ("#17BECF", "p"),
-    ("#6A3D9A", "h"),
+    ("#F0E442", "h"),
     ("#B15928", "*"),
 )
 _QUANTITIES = (("seconds", 1e3, "time (ms)"), ("peak_bytes", 1e-6, "peak memory beyond the inputs (MB)"))
