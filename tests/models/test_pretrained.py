@@ -1,7 +1,10 @@
 """Files of plain weights into networks with attention."""
 
+import json
 import pickle
+import sys
 import warnings
+from types import ModuleType
 
 import pytest
 import torch
@@ -153,3 +156,57 @@ def test_whole_numbers_are_weights_too(tmp_path):
     torch.save({"weight": WEIGHT.long(), "bias": BIAS.to(torch.uint8)}, tmp_path / "whole.pth")
     load_plain_weights(network, tmp_path / "whole.pth")
     assert torch.equal(network.weight, WEIGHT)
+
+
+# Files of safetensors.
+
+
+def read_safetensors(path):
+    """The format as published: the length of a header in JSON, the header, the numbers."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    return {
+        name: torch.frombuffer(bytearray(content[start + first : start + end]), dtype=torch.float32).reshape(shape)
+        for name, (shape, (first, end)) in ((n, (e["shape"], e["data_offsets"])) for n, e in header.items())
+    }
+
+
+def write_safetensors(path, weights):
+    header, numbers = {}, b""
+    for name, weight in weights.items():
+        part = weight.numpy().tobytes()
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(weight.shape),
+            "data_offsets": [len(numbers), len(numbers) + len(part)],
+        }
+        numbers += part
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+
+
+def test_a_file_of_safetensors_is_read_by_their_package(plain_file, tmp_path, monkeypatch):
+    weights = {n: w for n, w in torch.load(plain_file, weights_only=True).items() if w.is_floating_point()}
+    write_safetensors(tmp_path / "plain.safetensors", weights)
+    package, module = ModuleType("safetensors"), ModuleType("safetensors.torch")
+    module.load_file = read_safetensors
+    monkeypatch.setitem(sys.modules, "safetensors", package)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", module)
+    network = resnet("resnet18", num_classes=7)
+    load_plain_weights(network, tmp_path / "plain.safetensors")
+    for name, weight in weights.items():
+        assert torch.equal(network.state_dict()[name], weight), name
+    (tmp_path / "broken.safetensors").write_bytes(b"no header")
+    with pytest.raises(ValueError, match=r"must be a file of weights, got a file that safetensors cannot read$"):
+        load_plain_weights(network, tmp_path / "broken.safetensors")
+
+
+def test_without_the_package_a_file_of_safetensors_is_refused_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "plain.safetensors").touch()
+    with pytest.raises(
+        ImportError, match=r"^a \.safetensors file must be read by the package safetensors, got none .*; call"
+    ):
+        load_plain_weights(resnet("resnet18", num_classes=7), tmp_path / "plain.safetensors")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lineara.tasks.comparison import _RUN, _complaint, compare, find_recipe
-from lineara.tasks.training import locked_folder
+from lineara.tasks.run_folder import locked_folder
 
 # What Lightning's command line still calls of jsonargparse.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*(By default only one Jsonargparse|.* was deprecated in v4)")

@@ -22,8 +22,10 @@ import yaml
 from torch.nn.functional import cross_entropy
 
 from lineara.nn import SoftmaxAttention
+from lineara.tasks.checkpoints import WholeCheckpoints
 from lineara.tasks.long_range_arena import SequenceClassification
-from lineara.tasks.training import TrainingCommand, _WholeCheckpoints, begin_run, load_run, locked_folder
+from lineara.tasks.run_folder import locked_folder
+from lineara.tasks.training import TrainingCommand, begin_run, load_run
 
 # Advice that `lineara fit` silences too, two remarks about resumed runs, which do go on with the next batch, and what
 # Lightning's command line still calls of jsonargparse.
@@ -585,7 +587,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"best\.ckpt must be writable, got .*; make room"):
-            _WholeCheckpoints().save_checkpoint({"weights": torch.zeros(100_000)}, path)
+            WholeCheckpoints().save_checkpoint({"weights": torch.zeros(100_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == b"the old one"

@@ -2,8 +2,9 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def load_plain_weights(network: nn.Module, path: Path | str, *, part: str | None
 
     Args:
         network: made by `resnet` or `mask_rcnn`, or a `PSMNet`.
-        path: a state dict of torchvision, saved by torch.save; or a checkpoint of `lineara fit`.
+        path: a state dict of torchvision, saved by torch.save or as `.safetensors`; or a checkpoint of `lineara fit`.
         part: submodule of `network` to load into, such as `"backbone.body"` for weights of a ResNet; None is all of it.
 
     Returns:
@@ -34,6 +35,7 @@ def load_plain_weights(network: nn.Module, path: Path | str, *, part: str | None
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ImportError: for `.safetensors` without the package safetensors.
         ValueError: for a file that holds no weights or some that are not finite, lacks others than those of attention,
             or has some of other names or shapes.
     """
@@ -75,10 +77,12 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         raise FileNotFoundError(
             f"{path} must be a file of weights, got no such file; download torchvision's and name it here"
         )
+    load = _load_safetensors() if path.suffix == ".safetensors" else _load
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises on a damaged or foreign file is of many kinds
-        raise ValueError(f"{path} must be a file of weights, got a file that torch cannot read") from error
+        content = load(path)
+    except Exception as error:  # what is raised on a damaged or foreign file is of many kinds
+        reader = "safetensors" if path.suffix == ".safetensors" else "torch"
+        raise ValueError(f"{path} must be a file of weights, got a file that {reader} cannot read") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         of_network = "network."
         content = {
@@ -93,6 +97,21 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             "lineara fit"
         )
     return content
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _load_safetensors() -> Callable[[Path], Any]:
+    try:
+        from safetensors.torch import load_file  # pyright: ignore[reportMissingImports] - nothing depends on it
+    except ImportError as error:
+        raise ImportError(
+            "a .safetensors file must be read by the package safetensors, got none installed; call `pip install "
+            "safetensors`, or save the weights by torch.save"
+        ) from error
+    return load_file
 
 
 def _complaint(content: object) -> str | None:

@@ -22,7 +22,8 @@ from typing import Any
 from lineara.tasks.comparison_report import Row, write_report
 from lineara.tasks.files import write_text
 from lineara.tasks.run_cost import collect
-from lineara.tasks.training import TrainingCommand, flat_settings, locked_folder
+from lineara.tasks.run_folder import locked_folder
+from lineara.tasks.training import TrainingCommand, flat_settings
 
 _RECIPES = Path("recipes")
 # A run has a process of its own: its peak memory is its own, and what ends it leaves the others alone. The thread ends

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lineara.tasks.files import write_text
+from lineara.tasks.sharding import ShardedTask
 from lineara.tasks.step_schedule import StepSchedule, check_descent
 
 _CLASSES = "lineara_classes"
 _REFERENCE_BATCH = 256
 
 
-class ImageClassification(LightningModule):
+class ImageClassification(ShardedTask):
     """Cross-entropy, SGD with momentum, and a learning rate that falls at some epochs.
 
         lr = base_lr x images per step / 256 x gamma^(milestones passed),    images per step = batch_size of the data

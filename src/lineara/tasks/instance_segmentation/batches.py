@@ -37,8 +37,8 @@ class AspectRatioBatches(DistributedSampler[list[Item]]):
     batches are shuffled. Not shuffled, wide and tall images may share a batch and come in the order of the set.
 
     Of several processes each has every so manieth batch. Shuffled, the first batches are used again until all have the
-    same number, because training processes wait for each other; not shuffled, none is used twice, because scores count
-    each image once.
+    same number, because training processes wait for each other; not shuffled, none is used twice, but where there are
+    fewer than processes, which each must have one: scores count an image once all the same.
 
     Args:
         wide: (images,) of booleans, whether an image is at least as wide as it is tall.
@@ -71,12 +71,13 @@ class AspectRatioBatches(DistributedSampler[list[Item]]):
         total = self._num_batches()
         if self.shuffle:
             return -(-total // self.num_replicas)
-        return len(range(self.rank, total, self.num_replicas))
+        return max(min(total, 1), len(range(self.rank, total, self.num_replicas)))
 
     def __iter__(self) -> Iterator[list[Item]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         start, self.start = self.start, 0
         batches = self._shuffled() if self.shuffle else self._in_order()
-        missing = -len(batches) % self.num_replicas if self.shuffle else 0
+        missing = -len(batches) % self.num_replicas if self.shuffle else max(0, self.num_replicas - len(batches))
+        missing = missing if batches else 0
         batches += [batches[i % len(batches)] for i in range(missing)]
         yield from batches[self.rank :: self.num_replicas][start:]
 

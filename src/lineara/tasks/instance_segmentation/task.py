@@ -1,23 +1,22 @@
 """The training of a detector with masks by the usual schedule of 12 epochs, and its measurement as COCO does it."""
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lineara.tasks.instance_segmentation.metrics import Evaluation, as_results, evaluate
 from lineara.tasks.instance_segmentation.predictions import PredictionFolder, statistics_table, write_evaluation
+from lineara.tasks.sharding import ShardedTask
 from lineara.tasks.step_schedule import StepSchedule, check_descent
 
 _Batch = dict[str, list[Any]]
 _PLAN = "lineara_plan"
 
 
-class InstanceSegmentation(LightningModule):
+class InstanceSegmentation(ShardedTask):
     """Stochastic gradient descent on the detector's own losses, by the schedule that is known as 1x.
 
     The learning rate is base_lr x images per optimiser step / reference_batch, over all devices and accumulated
@@ -124,16 +123,13 @@ class InstanceSegmentation(LightningModule):
     def training_step(self, batch: _Batch, batch_index: int) -> Tensor:
         losses: dict[str, Tensor] = self.network(batch["images"], batch["targets"])
         loss = torch.stack([value.float() for value in losses.values()]).sum()
-        if not isfinite(loss.item()):
-            ids = ", ".join(str(target["image_id"]) for target in batch["targets"])
-            values = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-            raise ValueError(
-                f"the losses must be finite, got {values} in step {self.global_step} on the images {ids}; lower "
-                "base_lr or lengthen the warm-up, or look at these images"
-            )
         for name, value in {"loss": loss, **losses}.items():
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=len(batch["images"]))
         return loss
+
+    def names_in(self, batch: _Batch) -> list[str]:
+        """What a complaint about a batch calls its images."""
+        return [f"image {target['image_id']}" for target in batch["targets"]]
 
     def configure_optimizers(self) -> Any:
         trained = [weight for weight in self.parameters() if weight.requires_grad]

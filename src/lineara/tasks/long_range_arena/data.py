@@ -18,9 +18,10 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler
 
 from lineara.tasks.long_range_arena.metrics import majority_class_accuracy
+from lineara.tasks.sharding import shares
 
 _BATCHES_PER_POOL = 50
 _Ints = npt.NDArray[np.integer]
@@ -110,10 +111,13 @@ class SequenceData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the splits, and refuse one of the stage's that is empty."""
         self.load(stage)
+        processes, _ = shares(self.trainer)
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
-            if len(self._splits[split]) == 0:
+            if len(self._splits[split]) < processes:
+                least = "1 example" if processes == 1 else f"1 example for each of {processes} processes"
+                got = len(self._splits[split]) or "none"
                 raise ValueError(
-                    f"the {split} split must hold at least 1 example, got none; set --data.num_{split} or name "
+                    f"the {split} split must hold at least {least}, got {got}; set --data.num_{split} or name "
                     "other files"
                 )
 
@@ -167,7 +171,16 @@ class SequenceData(LightningDataModule):
 
     def _loader(self, split: str, *, shuffle: bool = False, start: int = 0) -> DataLoader[Any]:
         lengths = self._splits[split].lengths
-        sampler = LengthBucketSampler(lengths, self.batch_size, shuffle=shuffle, seed=self.shuffle_seed, start=start)
+        processes, rank = shares(self.trainer)
+        sampler = LengthBucketSampler(
+            lengths,
+            self.batch_size,
+            shuffle=shuffle,
+            seed=self.shuffle_seed,
+            start=start,
+            num_processes=processes,
+            rank=rank,
+        )
         return self._batches(split, sampler)
 
     def _batches(self, split: str, sampler: Sampler[list[int]]) -> DataLoader[Any]:
@@ -177,49 +190,71 @@ class SequenceData(LightningDataModule):
         return DataLoader(batches, sampler=sampler, batch_size=None, generator=torch.Generator())
 
 
-class LengthBucketSampler(Sampler[list[int]]):
+class LengthBucketSampler(DistributedSampler[list[int]]):
     """Batches of examples of similar length, so that little of a batch is padding.
 
     Shuffled, an epoch's order depends on the seed and the epoch alone: examples are shuffled, cut into pools of 50
-    batches, each pool is sorted by length and cut into batches, and the batches are shuffled. Not shuffled, batches run
-    from the shortest examples to the longest.
+    steps, each pool is sorted by length and cut into steps, and the steps are shuffled. A step is one batch for every
+    process, which share its examples like cards; the last one deals some twice where they do not come out even. Not
+    shuffled, batches run from the shortest examples to the longest, and each is one process's.
 
     Args:
         lengths: (examples,) of integers.
-        batch_size: examples per batch; the last one may be smaller.
+        batch_size: examples per batch and process; the last one may be smaller.
         shuffle: whether the order is random.
         seed: of the random order.
         start: batches to leave out of the first epoch, which a resumed run has seen already.
+        num_processes: how many share the examples.
+        rank: which of them this one is.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, *, shuffle: bool, seed: int = 0, start: int = 0) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        start: int = 0,
+        num_processes: int = 1,
+        rank: int = 0,
+    ) -> None:
+        # Lightning leaves samplers of this kind alone, and tells them the epoch.
+        super().__init__(range(len(lengths)), num_replicas=num_processes, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.lengths = lengths
         self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epoch = 0
         self.start = start
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
+        if self.shuffle:
+            return -(-len(self.lengths) // (self.batch_size * self.num_replicas))
+        return len(self._in_order())
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[int]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         start, self.start = self.start, 0
         if not self.shuffle:
-            yield from self._cut(np.argsort(self.lengths, kind="stable"))
+            yield from self._in_order()
             return
         random = np.random.default_rng((self.seed, self.epoch))
         order = random.permutation(len(self.lengths))
-        pool = self.batch_size * _BATCHES_PER_POOL
-        batches: list[list[int]] = []
+        per_step = self.batch_size * self.num_replicas
+        pool = per_step * _BATCHES_PER_POOL
+        steps: list[list[int]] = []
         for first in range(0, len(order), pool):
             members = order[first : first + pool]
-            batches += self._cut(members[np.argsort(self.lengths[members], kind="stable")])
-        for index in random.permutation(len(batches))[start:]:
-            yield batches[index]
+            steps += _cut(members[np.argsort(self.lengths[members], kind="stable")], per_step)
+        for index in random.permutation(len(steps))[start:]:
+            yield self._dealt(steps[index])
 
-    def _cut(self, order: np.ndarray) -> list[list[int]]:
-        return [order[i : i + self.batch_size].tolist() for i in range(0, len(order), self.batch_size)]
+    def _in_order(self) -> list[list[int]]:
+        # Smaller ones of few examples: a process without a batch would leave the others waiting.
+        size = max(1, min(self.batch_size, len(self.lengths) // self.num_replicas))
+        return _cut(np.argsort(self.lengths, kind="stable"), size)[self.rank :: self.num_replicas]
+
+    def _dealt(self, step: list[int]) -> list[int]:
+        missing = -len(step) % self.num_replicas
+        return (step + [step[i % len(step)] for i in range(missing)])[self.rank :: self.num_replicas]
+
+
+def _cut(order: np.ndarray, size: int) -> list[list[int]]:
+    return [order[i : i + size].tolist() for i in range(0, len(order), size)]

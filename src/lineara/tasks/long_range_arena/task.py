@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
 from lineara.nn.router import Router
 from lineara.tasks.files import write_text
+from lineara.tasks.sharding import ShardedTask
 
 
-class SequenceClassification(LightningModule):
+class SequenceClassification(ShardedTask):
     """Cross-entropy, AdamW without weight decay, and a linear one-cycle schedule over the steps of the run.
 
     Args:
@@ -140,11 +140,12 @@ class SequenceClassification(LightningModule):
             "batch_size": len(logits),
             "prog_bar": True,
         }
-        self.log(f"{stage}/loss", loss, **options)
+        # Of several processes the mean; metrics are of all of them by themselves.
+        self.log(f"{stage}/loss", loss, sync_dist=True, **options)
         self.log(f"{stage}/accuracy", accuracy, **options)
         return loss
 
     def _log_trivial_accuracies(self, stage: str) -> None:
         trivial = self.trainer.datamodule.trivial_accuracies(stage)  # type: ignore[attr-defined]
         for name, accuracy in trivial.items():
-            self.log(f"{stage}/accuracy_of_{name}", accuracy)
+            self.log(f"{stage}/accuracy_of_{name}", accuracy, sync_dist=True)

@@ -17,6 +17,8 @@ from lineara.tasks.stereo_depth.transforms import normalised
 # The number of a frame in its split, and the seed of the random numbers that change it.
 Item = tuple[int, int]
 Batch = dict[str, Any]
+# In place of that seed: the frame is another process's, and counts there.
+_AGAIN = -1
 
 
 class BrokenFrame:
@@ -44,7 +46,8 @@ class EpochBatches(DistributedSampler[list[Item]]):
     """Batches of equally many frames in random order, or single frames in the order of the split.
 
     Shuffled, an epoch depends on the seed and the epoch alone, and frames that do not make a batch for every process
-    are left out of it. Not shuffled, every frame is one process's.
+    are left out of it. Not shuffled, every frame is one process's; one that has none, because there are fewer frames
+    than processes, is given another's, in a batch with the key "again".
 
     Args:
         num_frames: of the split.
@@ -76,12 +79,13 @@ class EpochBatches(DistributedSampler[list[Item]]):
     def __len__(self) -> int:
         if self.shuffle:
             return self.num_frames // (self.batch_size * self.num_replicas)
-        return len(range(self.rank, self.num_frames, self.num_replicas))
+        return max(min(self.num_frames, 1), len(range(self.rank, self.num_frames, self.num_replicas)))
 
     def __iter__(self) -> Iterator[list[Item]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         start, self.start = self.start, 0
         if not self.shuffle:
-            yield from [[(index, 0)] for index in range(self.rank, self.num_frames, self.num_replicas)][start:]
+            own = [[(index, 0)] for index in range(self.rank, self.num_frames, self.num_replicas)]
+            yield from (own or [[(index, _AGAIN)] for index in range(min(self.num_frames, 1))])[start:]
             return
         random = np.random.default_rng((self.seed, self.epoch))
         order = random.permutation(self.num_frames).tolist()
@@ -133,7 +137,8 @@ class FrameBatches(Dataset["Batch | BrokenFrame"]):
                 except ValueError as error:
                     return BrokenFrame(f"frame {name} {error}")
             read.append(frame)
-        return {
+        again = {"again": True} if (0, _AGAIN) in items else {}
+        return again | {
             "left": normalised(torch.stack([frame.left for frame in read])),
             "right": normalised(torch.stack([frame.right for frame in read])),
             "disparity": torch.stack([frame.disparity for frame in read]),

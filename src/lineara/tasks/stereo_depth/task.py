@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
+from lineara.tasks.sharding import ShardedTask
 from lineara.tasks.step_schedule import StepSchedule
 from lineara.tasks.stereo_depth.metrics import StereoScores, protocol_named
 from lineara.tasks.stereo_depth.one_cycle import OneCycle
@@ -22,7 +22,7 @@ _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 _SCHEDULES = ("constant", "steps", "one_cycle")
 
 
-class StereoDepth(LightningModule):
+class StereoDepth(ShardedTask):
     """Smooth-L1 between predicted and true disparities, over all pixels that are valid and in range.
 
         loss = sum_i loss_weights_i mean(smooth_l1(prediction_i - truth) where valid and 0 < truth < max_disparity)
@@ -129,15 +129,14 @@ class StereoDepth(LightningModule):
         # A sum over no pixels is 0 and has gradients of 0; a mean would be NaN.
         losses = [smooth_l1_loss(answer, true, reduction="sum") / number for answer in predicted]
         loss = torch.stack([weight * part for weight, part in zip(self.loss_weights, losses)]).sum()
-        if not isfinite(loss.item()):
-            raise ValueError(
-                f"the loss must be finite, got {loss.item():g} in step {self.global_step} on {', '.join(batch['name'])}"
-                "; lower peak_lr or clip gradients by --trainer.gradient_clip_val, or look at these pairs"
-            )
         self.log("train/loss", loss, prog_bar=True, batch_size=len(truth))
         if len(true):
             self.log("train/epe", (predicted[-1].detach() - true).abs().mean(), prog_bar=True, batch_size=len(truth))
         return loss
+
+    def names_in(self, batch: dict[str, Any]) -> list[str]:
+        """What a complaint about a batch calls its pairs."""
+        return batch["name"]
 
     def configure_optimizers(self) -> Any:
         trained = [weight for weight in self.parameters() if weight.requires_grad]
@@ -226,7 +225,8 @@ class StereoDepth(LightningModule):
         """Score the disparities of a batch; returns what of it the protocol evaluates, and them."""
         images = {name: self.protocol.cut(batch[name]) for name in ("left", "right", "disparity", "valid")}
         prediction = self.protocol.predict(self, images["left"], images["right"])
-        scores.update(prediction, images["disparity"], images["valid"], batch["name"])
+        if "again" not in batch:
+            scores.update(prediction, images["disparity"], images["valid"], batch["name"])
         return {**images, "name": batch["name"]}, prediction
 
     def _log_scores(self, stage: str, scores: StereoScores) -> dict[str, float]:

@@ -1,0 +1,98 @@
+"""The folder of a run: one process's alone, and with room for what the run will write."""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
+
+# Tensors of a weight's size that an optimiser keeps of it; others are taken to keep two.
+_KEPT = {"SGD": lambda options: int(options["momentum"] != 0), "Adam": lambda options: 2 + bool(options["amsgrad"])}
+_KEPT["AdamW"] = _KEPT["Adam"]
+
+
+@contextmanager
+def own_folder(run_dir: Path) -> Iterator[None]:
+    """As `locked_folder`, with one sentence for a folder that cannot be written."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(run_dir))
+        except OSError as error:
+            raise type(error)(
+                f"run_dir must be a folder that can be written, got {run_dir} ({error.strerror or error}); make room, "
+                "or name another folder by --run_dir"
+            ) from error
+        yield
+
+
+@contextmanager
+def locked_folder(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder for this process; the system lets go of it however the process ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"run_dir must be a folder that no other `lineara fit` is writing to, got {run_dir}; wait for it, "
+                "or name another folder by --run_dir"
+            ) from error
+        for leftover in (run_dir / "checkpoints").glob(".*.ckpt"):  # of a run that was killed while it wrote
+            leftover.unlink()
+        _try_to_write(lock)
+        yield
+
+
+def _try_to_write(file: TextIO) -> None:
+    file.write(" " * 4096)  # a full disk still makes empty files
+    file.flush()
+    file.truncate(0)
+
+
+class RoomForCheckpoints(Callback):
+    """Refuses a fit whose checkpoints the disk has clearly no room for, before it begins."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        callbacks = [one for one in trainer.callbacks if isinstance(one, ModelCheckpoint)]  # type: ignore[attr-defined]
+        if not callbacks:
+            return
+        each = checkpoint_bytes(pl_module, trainer.optimizers)
+        # One more, because a new one is whole before the old one goes.
+        number = 1 + sum(max(1, one.save_top_k) + bool(one.save_last) for one in callbacks)
+        folder = Path(trainer.default_root_dir)
+        there = sum(path.stat().st_size for path in (folder / "checkpoints").glob("*.ckpt"))
+        free = shutil.disk_usage(folder).free
+        if free + there < number * each:
+            raise OSError(
+                f"run_dir must have room for {number} checkpoints of {_size(each)}, got {_size(free)} free in {folder}"
+                "; make room, or name another folder by --run_dir"
+            )
+
+
+def checkpoint_bytes(task: nn.Module, optimizers: list[Any]) -> int:
+    """What weights, buffers and the optimisers' memory of them will take in a checkpoint, at least."""
+    total = sum(_bytes(tensor) for tensor in task.state_dict().values())
+    for optimizer in optimizers:
+        kept = _KEPT.get(type(optimizer).__name__, lambda options: 2)
+        total += sum(kept(group) * _bytes(weight) for group in optimizer.param_groups for weight in group["params"])
+    return total
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()  # of a sharded one, the whole
+
+
+def _size(number: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}"
+        number /= 1000
+    return f"{number:.1f} GB"

@@ -1,0 +1,128 @@
+"""Weights spread over the processes of a run: each holds its part, and gathers a block's when the block is run.
+
+Every task is a `ShardedTask`, so this is the one place that knows how a network is spread. The mesh has two dimensions,
+named as Lightning names them: "data_parallel", over which batches are shared and weights are spread, and
+"tensor_parallel", whose processes are given the same batch.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """What `--trainer.strategy fsdp` is: FSDP2, on CPUs and GPUs, with checkpoints that one process can read.
+
+    Args:
+        same_batch_size: how many processes are given the same batch each, the mesh's second dimension.
+        process_group_backend: of torch.distributed; None takes gloo on CPUs and nccl on GPUs.
+    """
+
+    def __init__(self, same_batch_size: int = 1, process_group_backend: str | None = None) -> None:
+        super().__init__(
+            tensor_parallel_size=same_batch_size,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+        )
+        self.same_batch_size = same_batch_size
+
+    def setup_environment(self) -> None:
+        processes = self.num_nodes * self.num_processes
+        if self.same_batch_size < 1 or processes % self.same_batch_size:
+            raise ValueError(
+                f"same_batch_size must divide the number of processes, got {self.same_batch_size} and {processes}; set "
+                "--trainer.devices or --trainer.strategy.init_args.same_batch_size"
+            )
+        self._data_parallel_size = processes // self.same_batch_size
+        super().setup_environment()
+
+    # Processes may be given different numbers of batches to evaluate: they must not wait for each other in a layer.
+
+    def on_validation_start(self) -> None:
+        self._hold_whole(True)
+
+    def on_validation_end(self) -> None:
+        self._hold_whole(False)
+
+    def on_test_start(self) -> None:
+        self._hold_whole(True)
+
+    def on_test_end(self) -> None:
+        self._hold_whole(False)
+
+    def _hold_whole(self, whole: bool) -> None:
+        assert self.model is not None
+        if whole:  # as DDP does: what a batch normalisation has seen is the first process's
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+        hold_whole(self.model, whole)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = True) -> dict[str, Any]:
+        return super().load_checkpoint(checkpoint_path, weights_only=True)
+
+
+class ShardedTask(LightningModule):
+    """A task whose `network` may be spread over processes; with any other strategy it is as it was."""
+
+    network: nn.Module
+
+    def configure_model(self) -> None:
+        """Spread the network, once the processes know of each other."""
+        mesh = self.device_mesh
+        if mesh is None or isinstance(self.network, FSDPModule):
+            return
+        if getattr(self.trainer.strategy, "_layer_sync", None) is not None:
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
+        shard_network(self.network, mesh)
+
+
+def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread every block of a network over the mesh's first dimension, and what is in no block with the whole.
+
+    A block is a member of a list or sequence of layers that has layers itself: an encoder block, a residual block.
+    """
+    weights = mesh["data_parallel"]
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which no task writes into
+    for block in _blocks(network):
+        fully_shard(block, mesh=weights)
+    fully_shard(network, mesh=weights)
+
+
+def hold_whole(network: nn.Module, whole: bool) -> None:
+    """Let every process hold all weights, until it is called again: nothing is gathered meanwhile."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(not whole, recurse=False)
+            if whole:
+                module.unshard()
+            else:
+                module.reshard()
+
+
+def shares(trainer: Trainer | None) -> tuple[int, int]:
+    """Among how many the batches are shared, and which share is this process's."""
+    if trainer is None:
+        return 1, 0
+    kwargs: Mapping[str, Any] = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+    return kwargs.get("num_replicas", trainer.world_size), kwargs.get("rank", trainer.global_rank)
+
+
+def _blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """Inner ones first, as they must be spread."""
+    containers = (nn.ModuleList, nn.ModuleDict)
+    members = [
+        member
+        for container in network.modules()
+        if isinstance(container, (nn.Sequential, *containers))
+        for member in container.children()
+        if not isinstance(member, containers) and any(True for _ in member.children())
+    ]
+    found = {id(member) for member in members if any(weight.numel() for weight in member.parameters())}
+    yield from (module for module in reversed(list(network.modules())) if id(module) in found)
