@@ -113,7 +113,7 @@ def test_fewer_positions_travel_than_a_window_has(impl, given):
     assert backward["batch_isend_irecv"] == (14 * row if impl == "auto" else 0)
 
 
-@pytest.mark.parametrize("title", [*COUNTED, "reference", "mesh"])
+@pytest.mark.parametrize("title", [*calls.COMPILED, "reference", "mesh"])
 def test_compiled_calls_give_what_eager_ones_give(title, given):
     for rank in given(2):
         assert rank["compiled"][title] <= 1e-12
