@@ -53,6 +53,8 @@ WHICH_WAY_IMPORTS_POINT = (
     Row(r"ops/(.*/)?(api|dispatch)\.py", "torch", libraries_inside_functions="triton", rooms="ops"),
     Row(r"ops/.*", "torch", rooms="ops"),
     Row(r"nn/.*", "torch", rooms="nn ops"),
+    # Files of weights come in that format too; nothing depends on the package.
+    Row(r"models/pretrained\.py", "torch", libraries_inside_functions="safetensors"),
     Row(
         r"models/.*",
         "torch torchvision",

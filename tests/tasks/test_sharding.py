@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm
 
 from lineara.models import PSMNet, SequenceClassifier, mask_rcnn, resnet
 from lineara.nn import EfficientAttention
+from lineara.tasks.image_classification import ImageClassification
 from lineara.tasks.sharding import ShardedStrategy, ShardedTask, _blocks, shares
 from lineara.tasks.training import TrainingCommand, load_run
 
@@ -176,6 +177,15 @@ def test_without_a_mesh_a_task_is_as_it_was():
     task.configure_model()
     assert {name: id(weight) for name, weight in task.named_parameters()} == {n: id(w) for n, w in before.items()}
     assert not any(isinstance(module, SyncBatchNorm) for module in task.modules())
+
+
+def test_a_batch_without_images_is_refused_where_layers_wait_for_other_processes():
+    network = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5))
+    empty = {"image": torch.empty(0, 3, 0, 0), "label": torch.empty(0, dtype=torch.int64)}
+    assert ImageClassification(network, num_classes=5).training_step(empty, 0) == 0
+    network = SyncBatchNorm.convert_sync_batchnorm(network)
+    with pytest.raises(ValueError, match=r"^a batch must hold an image that can be read where layers wait for other"):
+        ImageClassification(network, num_classes=5).training_step(empty, 0)
 
 
 def test_batches_are_shared_over_the_first_dimension_alone():

@@ -94,7 +94,8 @@ class Companions(Callback):
             )
         if trainer.world_size == 1 or not _LOST.search(f"{type(error).__name__} {text}"):
             return None
-        for _ in range(int(10 * _SECONDS_TO_SPEAK)):  # the system may tell of the connection before it tells of the end
+        # The system may tell of the connection before it tells of the end.
+        for _ in range(int(10 * _SECONDS_TO_SPEAK) if self._processes else 0):
             for rank, process in enumerate(self._processes, start=1):
                 if process.returncode is not None:
                     return _sentence(rank, process.returncode)

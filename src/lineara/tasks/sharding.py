@@ -106,6 +106,11 @@ def hold_whole(network: nn.Module, whole: bool) -> None:
                 module.reshard()
 
 
+def layers_wait(network: nn.Module) -> bool:
+    """Whether layers of a network wait for those of other processes: then all must run it equally often."""
+    return any(isinstance(module, FSDPModule | nn.SyncBatchNorm) for module in network.modules())
+
+
 def shares(trainer: Trainer | None) -> tuple[int, int]:
     """Among how many the batches are shared, and which share is this process's."""
     if trainer is None:

@@ -78,7 +78,13 @@ def test_processes_share_an_epoch_of_training_and_have_equally_many_batches(proc
     assert taken[len(whole) :] == [whole[i % len(whole)] for i in range(len(taken) - len(whole))]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 40])
+def test_unshuffled_a_process_without_a_batch_of_its_own_is_given_anothers():
+    batches = [indices(sampler(shuffle=False, num_processes=40, rank=rank)) for rank in range(40)]
+    assert [len(part) for part in batches] == [1] * 40
+    assert sorted({index for part in batches for index in part[0]}) == list(range(101))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
 def test_unshuffled_every_image_comes_once_in_all_processes_together(processes):
     shares = [sampler(shuffle=False, num_processes=processes, rank=rank) for rank in range(processes)]
     batches = [indices(share) for share in shares]

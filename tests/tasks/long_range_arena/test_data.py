@@ -244,3 +244,38 @@ def test_the_trivial_answer_is_the_most_frequent_class_of_the_training_split():
 
 def test_a_summary_tells_of_empty_splits_too():
     assert list(Few(sizes=(2, 0, 0)).summary())[2:] == ["val: 0 examples", "test: 0 examples"]
+
+
+# Several processes.
+
+
+def dealt(lengths, batch_size, processes, *, shuffle, **options):
+    """The batches of each process."""
+    samplers = [
+        LengthBucketSampler(lengths, batch_size, shuffle=shuffle, num_processes=processes, rank=rank, **options)
+        for rank in range(processes)
+    ]
+    batches = [list(sampler) for sampler in samplers]
+    assert [len(sampler) for sampler in samplers] == [len(part) for part in batches]
+    return batches
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_steps_that_one_takes_with_all_their_examples(processes):
+    lengths = np.random.default_rng(0).integers(5, 31, size=101)
+    parts = dealt(lengths, 7, processes, shuffle=True, seed=3)
+    [whole] = dealt(lengths, 7 * processes, 1, shuffle=True, seed=3)
+    assert {len(part) for part in parts} == {len(whole)}
+    for step, examples in enumerate(whole):
+        shares = [part[step] for part in parts]
+        assert len({len(share) for share in shares}) == 1  # gradients of unequal batches would not weigh alike
+        assert sorted({index for share in shares for index in share}) == sorted(examples)
+
+
+@pytest.mark.parametrize(("processes", "batch_size"), [(2, 7), (3, 50), (17, 101)])
+def test_processes_evaluate_every_example_once_and_each_has_some(processes, batch_size):
+    lengths = np.random.default_rng(0).integers(5, 31, size=101)
+    parts = dealt(lengths, batch_size, processes, shuffle=False)
+    assert min(map(len, parts)) > 0
+    assert sorted(index for part in parts for batch in part for index in batch) == list(range(101))
+    assert max(len(batch) for part in parts for batch in part) <= batch_size

@@ -1,6 +1,7 @@
 """Which frames make a batch, what a batch holds, and what becomes of a frame that cannot be read."""
 
 from itertools import chain
+from typing import ClassVar
 
 import pytest
 import torch
@@ -180,3 +181,25 @@ def test_broken_pairs_are_reported_and_the_others_come(tmp_path, make, workers):
     )
     assert batches[0]["calibration"] == [camera]
     assert "calibration" not in PairsToPredict(pairs)[[(1, 0)]]
+
+
+def test_a_process_without_a_frame_of_its_own_evaluates_anothers_which_counts_there_alone():
+    class One:
+        names: ClassVar[list[str]] = ["only"]
+
+        def __len__(self):
+            return 1
+
+        def read(self, index, *, both_truths=False):
+            views = torch.zeros(3, 5, 7)
+            return Frame(views, views, torch.ones(5, 7), torch.ones(5, 7, dtype=torch.bool))
+
+    frames = FrameBatches(One())
+    batches = []
+    for rank in range(3):
+        order = EpochBatches(1, shuffle=False, num_processes=3, rank=rank)
+        items = list(order)
+        assert len(order) == len(items) == 1
+        batches.append(frames[items[0]])
+    assert ["again" in batch for batch in batches] == [False, True, True]
+    assert [batch["name"] for batch in batches] == [["only"]] * 3

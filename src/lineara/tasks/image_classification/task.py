@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lineara.tasks.files import write_text
-from lineara.tasks.sharding import ShardedTask
+from lineara.tasks.sharding import ShardedTask, layers_wait
 from lineara.tasks.step_schedule import StepSchedule, check_descent
 
 _CLASSES = "lineara_classes"
@@ -121,6 +121,11 @@ class ImageClassification(ShardedTask):
             )
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        if len(batch["label"]) == 0 and layers_wait(self.network):
+            raise ValueError(
+                "a batch must hold an image that can be read where layers wait for other processes, got none in step "
+                f"{self.global_step}; use --trainer.strategy ddp without sync_batchnorm, or mend the images"
+            )
         if len(batch["label"]) == 0:  # nothing could be read: gradients of 0, for the other processes wait for some
             return torch.stack([weight.sum() for weight in self.network.parameters()]).sum() * 0.0
         return self._step("train", batch)
