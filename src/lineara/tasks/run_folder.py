@@ -93,6 +93,6 @@ def _bytes(tensor: torch.Tensor) -> int:
 def _size(number: float) -> str:
     for unit in ("bytes", "kB", "MB"):
         if number < 1000:
-            return f"{number:.0f} {unit}"
+            return f"{number:.3g} {unit}"
         number /= 1000
-    return f"{number:.1f} GB"
+    return f"{number:.3g} GB"
