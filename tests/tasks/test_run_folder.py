@@ -63,7 +63,7 @@ def test_a_full_disk_is_found_before_training(tmp_path):
 def test_checkpoints_that_the_disk_has_no_room_for_are_refused_before_training(tiny_recipe, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
-    sentence = r"^run_dir must have room for 3 checkpoints of [\d.]+ kB, got 20 kB free in .*; make room, or name another"
+    sentence = r"^run_dir must have room for 3 checkpoints of [\d.]+ kB, got 20 kB free in .*; make room, or name"
     with pytest.raises(OSError, match=sentence):
         fit(tiny_recipe, tmp_path)
 
