@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lineara.ops.tiles import in_one_pass, tiles_of
+
 _SHARED_MEMORY = 227 * 1024  # of a multiprocessor that one program may have
 
 _KERNELS = ("_summarize_kernel", "_attend_kernel", "_summarize_backward_kernel", "_attend_backward_kernel")
@@ -15,6 +17,7 @@ CASES = [
     *((kernel, *case) for kernel in _KERNELS for case in (("bf16", 256, "softmax"), ("fp16", 64, "elu"))),
     *((kernel, "fp32", 60, "softmax") for kernel in _KERNELS),
     ("_merge_kernel", "bf16", 64, "softmax"),
+    ("_merge_back_kernel", "bf16", 512, "softmax"),
 ]
 
 
@@ -46,23 +49,25 @@ def main() -> None:
     for case in CASES:
         name, dtype, channels, features = case
         kernel = getattr(kernels, name)
-        tensor = torch.empty(1, 1, 1, channels, dtype=numbers[dtype])
         largest = 0
-        for blocks, passes in _blocks_of(kernels, name, tensor):
+        for tiles, others in _tiles_of(name, channels, numbers[dtype]):
             constants = {
                 "K": channels,
                 "V": channels,
-                "BLOCK_K": blocks.k,
-                "BLOCK_V": blocks.v,
-                "TILES_K": blocks.tiles_k,
-                "TILES_V": blocks.tiles_v,
+                "BLOCK_N": tiles.n,
+                "BLOCK_K": tiles.k,
+                "BLOCK_V": tiles.v,
+                "TILES_K": tiles.num_k,
+                "TILES_V": tiles.num_v,
+                "STAGES": tiles.stages,
+                "PRECISION": "tf32x3",
+                "DIVIDE": True,
                 "FEATURES": features,
                 "HAS_MASK": True,
                 "HAS_GATE": True,
                 "PACKED": True,
                 "WINDOWED": False,
-                **blocks.over_positions,
-                **passes,
+                **others,
             }
             signature, given = {}, {}
             for i, argument in enumerate(kernel.arg_names):
@@ -71,33 +76,33 @@ def main() -> None:
                 else:
                     signature[argument] = _type_of(argument, dtype)
             source = ASTSource(fn=kernel, signature=signature, constexprs=given)
-            options = {"num_warps": blocks.warps}
+            options = {"num_warps": tiles.warps}
             binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
             largest = max(largest, binary.metadata.shared)
         print(case, largest)
 
 
-def _blocks_of(kernels, name, tensor):
-    blocks = kernels._Blocks
-    if name != "_attend_backward_kernel":
-        make = {
-            "_summarize_kernel": blocks.to_summarize,
-            "_merge_kernel": blocks.to_merge,
-            "_attend_kernel": blocks.to_map,
-            "_summarize_backward_kernel": blocks.to_map_back,
-        }[name]
-        return [(make(tensor, tensor), {})]
-    if (both := blocks.to_do_both_back(tensor, tensor)) is not None:
-        return [(both, {"OF_QUERY": True, "OF_CONTEXT": True})]
-    return [
-        (blocks.to_map_back(tensor, tensor), {"OF_QUERY": True, "OF_CONTEXT": False}),
-        (blocks.to_sum_back(tensor, tensor), {"OF_QUERY": False, "OF_CONTEXT": True}),
-    ]
+def _tiles_of(name, channels, dtype):
+    """The tiles of every launch of a kernel, and what else is compiled in."""
+    if name == "_attend_backward_kernel":
+        tiles = tiles_of("back", channels, channels, dtype)
+        if in_one_pass(tiles, dtype):
+            return [(tiles, {"OF_QUERY": True, "OF_CONTEXT": True})]
+        wide = tiles_of("context back", channels, channels, dtype)
+        return [(tiles, {"OF_QUERY": True, "OF_CONTEXT": False}), (wide, {"OF_QUERY": False, "OF_CONTEXT": True})]
+    what = {
+        "_summarize_kernel": "summarize",
+        "_attend_kernel": "attend",
+        "_summarize_backward_kernel": "back",
+        "_merge_kernel": "merge",
+        "_merge_back_kernel": "merge",
+    }
+    return [(tiles_of(what[name], channels, channels, dtype), {})]
 
 
 def _type_of(argument: str, dtype: str) -> str:
     """Of what a launcher passes."""
-    sums = ("maximum", "total", "weighted_sum", "context", "maxima", "totals", "weighted_sums")
+    sums = ("maximum", "total", "weighted_sum", "context", "maxima", "totals", "weighted_sums", "contexts")
     if argument.removeprefix("grad_") in sums:
         return "*fp32"
     if argument.removeprefix("grad_") in ("query", "key", "value", "gate", "output"):

@@ -19,8 +19,7 @@ block, K key channels, V value channels.
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
 # (Triton's language has no types)
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -29,15 +28,7 @@ from torch import Tensor
 
 from lineara.ops.blocks import empty_like_query
 from lineara.ops.packed import in_sequences
-
-# Programs of eight warps per multiprocessor that a pass over positions is split into: two where they only map blocks,
-# one where each keeps sums of its own, of which more would only be merged again. Twice as many of four warps.
-_PROGRAMS_THAT_MAP = 2
-_PROGRAMS_THAT_SUM = 1
-# In Triton's interpreter, where every program costs milliseconds.
-_MULTIPROCESSORS_INTERPRETED = 6
-_MOST_SPLITS = 256
-
+from lineara.ops.tiles import Pass, Tiles, in_one_pass, tiles_of
 
 # The parts of the kernels.
 
@@ -109,6 +100,12 @@ def _factor(block, like):
 @triton.jit
 def _dot(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _quotient(S, s):
+    """S / s, and S where no position was."""
+    return S / tl.where(s > 0.0, s, 1.0)[:, None]
 
 
 @triton.jit
@@ -216,9 +213,9 @@ def _summarize_kernel(
     mask_item, mask_position,
     K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TILES_K: tl.constexpr, TILES_V: tl.constexpr, FEATURES: tl.constexpr, HAS_MASK: tl.constexpr,
-    PACKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, DIVIDE: tl.constexpr,
 ):  # fmt: skip
-    """The summary of one split: maximum and total (R, P, K), weighted sum (R, P, K, V)."""
+    """The summary of one split: maximum and total (R, P, K), weighted sum (R, P, K, V); divided if alone."""
     row, split, tile_k, tile_v = _row_and_split(TILES_K, TILES_V, num_splits)
     item, start, length = _segment(cu_seqlens, row // heads, num_positions, PACKED)
     key += item * key_item + row % heads * key_head
@@ -260,6 +257,8 @@ def _summarize_kernel(
             weights, back = _factor(x, value)
             S += _dot(tl.trans(weights), v, PRECISION) * back
 
+    if DIVIDE:
+        S = _quotient(S, s)
     partial = row * num_splits + split
     if tile_v == 0:
         tl.store(maximum + partial * K + channels, m, mask=channels < K)
@@ -271,9 +270,9 @@ def _summarize_kernel(
 def _merge_kernel(
     maxima, totals, weighted_sums, maximum, total, weighted_sum, num_splits,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILES_K: tl.constexpr, TILES_V: tl.constexpr,
+    TILES_K: tl.constexpr, TILES_V: tl.constexpr, DIVIDE: tl.constexpr,
 ):  # fmt: skip
-    """The splits' summaries, merged in their order."""
+    """The splits' summaries, merged in their order; the weighted sum divided by the total if that is asked for."""
     row, _, tile_k, tile_v = _row_and_split(TILES_K, TILES_V, 1)
     channels = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     columns = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -290,6 +289,8 @@ def _merge_kernel(
         kept = tl.exp(tl.load(maxima + partial * K + channels, mask=inside, other=0.0) - shift)
         s += kept * tl.load(totals + partial * K + channels, mask=inside, other=0.0)
         S += kept[:, None] * _block(weighted_sums + partial * K * V, channels, V, columns, 1, where)
+    if DIVIDE:
+        S = _quotient(S, s)
     if tile_v == 0:
         tl.store(maximum + row * K + channels, m, mask=inside)
         tl.store(total + row * K + channels, s, mask=inside)
@@ -489,6 +490,36 @@ def _attend_backward_kernel(
         _put(grad_context + partial * K * V, channels, V, columns, 1, dC, where)
 
 
+@triton.jit(do_not_specialize=["num_splits_total", "num_splits"])
+def _merge_back_kernel(
+    grad_totals, grad_contexts, total, context, grad_total, grad_context, num_splits_total, num_splits,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    TILES_K: tl.constexpr, TILES_V: tl.constexpr, DIVIDE: tl.constexpr,
+):  # fmt: skip
+    """The splits' gradients of total and context, added in their order.
+
+    Where the context was divided by the total, those of total and weighted sum: dS = dC / s, ds = -rowsum(C * dS).
+    """
+    row, _, tile_k, _ = _row_and_split(TILES_K, 1, 1)
+    channels = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = channels < K
+    s = tl.load(total + row * K + channels, mask=inside, other=1.0)
+    ds = tl.zeros([BLOCK_K], tl.float32)
+    for split in range(num_splits_total):
+        ds += tl.load(grad_totals + (row * num_splits_total + split) * K + channels, mask=inside, other=0.0)
+    for tile in range(TILES_V):
+        columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        where = inside[:, None] & (columns < V)[None, :]
+        dC = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+        for split in range(num_splits):
+            dC += _block(grad_contexts + (row * num_splits + split) * K * V, channels, V, columns, 1, where)
+        if DIVIDE:
+            dC = _quotient(dC, s)
+            ds -= tl.sum(dC * _block(context + row * K * V, channels, V, columns, 1, where), axis=1)
+        _put(grad_context + row * K * V, channels, V, columns, 1, dC, where)
+    tl.store(grad_total + row * K + channels, ds, mask=inside)
+
+
 # Launchers: the same signatures and results as the streaming passes.
 
 
@@ -499,38 +530,42 @@ def summarize(
     feature_map: str,
     scale: float,
     cu_seqlens: Tensor | None = None,
+    *,
     window: int = 1,
+    divide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maximum, total (B, H, K) and weighted sum (B, H, K, V) of keys and values, or of the means of their windows.
 
     The feature map is "softmax", "identity" (its total is the number of positions), "relu" or "elu". The maximum means
-    something under softmax alone. Packed sequences have B = number of sequences.
+    something under softmax alone. With `divide` the third is the context, the weighted sum divided by the total. Packed
+    sequences have B = number of sequences.
     """
-    blocks = _Blocks.to_summarize(key, value)
+    tiles = _tiles("summarize", key, value)
     shape = (in_sequences(key, cu_seqlens), key.shape[1], key.shape[3])
-    rows, tiles = shape[0] * shape[1], blocks.tiles_k * blocks.tiles_v
-    splits = blocks.splits(key, rows * tiles, -(-_usual_len(key, cu_seqlens) // window), _PROGRAMS_THAT_SUM)
+    rows = shape[0] * shape[1]
+    programs = rows * tiles.num_k * tiles.num_v
+    splits = tiles.splits(key.device, programs, -(-_usual_len(key, cu_seqlens) // window), "sums")
     maximum = key.new_empty((rows, splits, key.shape[3]), dtype=torch.float32)
     total = torch.empty_like(maximum)
     weighted_sum = maximum.new_empty((*maximum.shape, value.shape[3]))
     _launch(
         _summarize_kernel,
-        rows * splits * tiles,
+        programs * splits,
         (key, value, _bytes(key_mask, key), _or(cu_seqlens, key), maximum, total, weighted_sum),
         (key.shape[2], splits, window, scale, key.shape[1], *key.stride(), *value.stride(), *_strides(key_mask, 2)),
-        blocks,
-        **blocks.over_positions,
+        tiles,
         FEATURES=feature_map,
         HAS_MASK=key_mask is not None,
         PACKED=cu_seqlens is not None,
         WINDOWED=window > 1,
+        DIVIDE=divide and splits == 1,
     )
     if splits > 1:
         parts = (maximum, total, weighted_sum)
         maximum, total, weighted_sum = (part.new_empty((rows, *part.shape[2:])) for part in parts)
-        blocks = _Blocks.to_merge(key, value)
-        tiles = blocks.tiles_k * blocks.tiles_v
-        _launch(_merge_kernel, rows * tiles, (*parts, maximum, total, weighted_sum), (splits,), blocks)
+        tiles = _tiles("merge", key, value)
+        programs = rows * tiles.num_k * tiles.num_v
+        _launch(_merge_kernel, programs, (*parts, maximum, total, weighted_sum), (splits,), tiles, DIVIDE=divide)
     return maximum.view(shape), total.view(shape), weighted_sum.view(*shape, value.shape[3])
 
 
@@ -544,25 +579,25 @@ def summarize_backward(
     feature_map: str,
     scale: float,
     cu_seqlens: Tensor | None = None,
+    *,
     window: int = 1,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of key and value, in new tensors or `into` given ones."""
-    blocks = _Blocks.to_map_back(key, value)
-    items, heads = in_sequences(key, cu_seqlens), key.shape[1]
+    tiles = _tiles("back", key, value)
+    rows = in_sequences(key, cu_seqlens) * key.shape[1]
     grad_key, grad_value = into or (_like(key, cu_seqlens), _like(value, cu_seqlens))
-    splits = blocks.splits(key, items * heads, -(-_usual_len(key, cu_seqlens) // window), _PROGRAMS_THAT_MAP)
+    splits = tiles.splits(key.device, rows, -(-_usual_len(key, cu_seqlens) // window), "maps")
     short = (tensor.contiguous() for tensor in (maximum, grad_total, grad_weighted_sum))
     _launch(
         _summarize_backward_kernel,
-        items * heads * splits,
+        rows * splits,
         (key, value, _bytes(key_mask, key), _or(cu_seqlens, key), *short, grad_key, grad_value),
         (
-            *(key.shape[2], splits, window, scale, heads, *key.stride(), *value.stride()),
+            *(key.shape[2], splits, window, scale, key.shape[1], *key.stride(), *value.stride()),
             *(*grad_key.stride(), *grad_value.stride(), *_strides(key_mask, 2)),
         ),
-        blocks,
-        **blocks.over_positions,
+        tiles,
         FEATURES=feature_map,
         HAS_MASK=key_mask is not None,
         PACKED=cu_seqlens is not None,
@@ -584,21 +619,19 @@ def attend(
 
     Under softmax and identity there is no total. The gate is (B, H, N) or None.
     """
-    blocks = _Blocks.to_map(query, context)
+    tiles = _tiles("attend", query, context)
     output = empty_like_query(query, context.shape[3])
     if cu_seqlens is not None:  # a position may belong to no sequence
         output.zero_()
     context = context.contiguous()
-    items, heads = in_sequences(query, cu_seqlens), query.shape[1]
-    programs = items * heads * blocks.tiles_v
-    splits = blocks.splits(query, programs, _usual_len(query, cu_seqlens), _PROGRAMS_THAT_MAP)
+    programs = in_sequences(query, cu_seqlens) * query.shape[1] * tiles.num_v
+    splits = tiles.splits(query.device, programs, _usual_len(query, cu_seqlens), "maps")
     _launch(
         _attend_kernel,
         programs * splits,
         (query, _or(total, context), context, _or(gate, query), _or(cu_seqlens, query), output),
-        (query.shape[2], splits, scale, heads, *query.stride(), *_strides(gate, 3), *output.stride()),
-        blocks,
-        **blocks.over_positions,
+        (query.shape[2], splits, scale, query.shape[1], *query.stride(), *_strides(gate, 3), *output.stride()),
+        tiles,
         FEATURES=feature_map,
         HAS_GATE=gate is not None,
         PACKED=cu_seqlens is not None,
@@ -615,158 +648,84 @@ def attend_backward(
     feature_map: str,
     scale: float,
     cu_seqlens: Tensor | None = None,
+    *,
+    divided_by: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, total, context and gate."""
+    """Gradients of query, total, context and gate.
+
+    With the total that the context was `divided_by`, the second and third are those of total and weighted sum.
+    """
     items, heads = in_sequences(query, cu_seqlens), query.shape[1]
     context = context.contiguous()
     grad_query, grad_gate = _like(query, cu_seqlens), None if gate is None else _like(gate, cu_seqlens)
 
-    def run(blocks: _Blocks, *, of_query: bool, of_context: bool) -> tuple[Tensor, Tensor]:
-        programs = items * heads * (1 if of_query else blocks.tiles_v)
-        splits = blocks.splits(query, programs, _usual_len(query, cu_seqlens), _PROGRAMS_THAT_SUM)
-        grad_total = context.new_empty((items, heads, splits, query.shape[3]))
-        grad_context = context.new_empty((*grad_total.shape, context.shape[3]) if of_context else 0)
+    def run(tiles: Tiles, *, of_query: bool, of_context: bool) -> tuple[Tensor, Tensor]:
+        programs = items * heads * (1 if of_query else tiles.num_v)
+        splits = tiles.splits(query.device, programs, _usual_len(query, cu_seqlens), "sums")
+        grad_totals = context.new_empty((items * heads, splits, query.shape[3]))
+        grad_contexts = context.new_empty((*grad_totals.shape, context.shape[3]) if of_context else 0)
         _launch(
             _attend_backward_kernel,
             programs * splits,
             (
                 *(query, _or(total, context), context, _or(gate, query), _or(cu_seqlens, query), grad_output),
-                *(grad_query, _or(grad_gate, query), grad_total, grad_context),
+                *(grad_query, _or(grad_gate, query), grad_totals, grad_contexts),
             ),
             (
                 *(query.shape[2], splits, scale, heads, *query.stride(), *_strides(gate, 3)),
                 *(*grad_output.stride(), *grad_query.stride(), *_strides(grad_gate, 3)),
             ),
-            blocks,
-            **blocks.over_positions,
+            tiles,
             FEATURES=feature_map,
             HAS_GATE=gate is not None,
             PACKED=cu_seqlens is not None,
             OF_QUERY=of_query,
             OF_CONTEXT=of_context,
         )
-        return grad_total, grad_context
+        return grad_totals, grad_contexts
 
-    fused = _Blocks.to_do_both_back(query, context)
-    if fused is not None:
-        grad_total, grad_context = run(fused, of_query=True, of_context=True)
+    tiles = _tiles("back", query, context)
+    if in_one_pass(tiles, query.dtype):
+        grad_totals, grad_contexts = run(tiles, of_query=True, of_context=True)
     else:
-        grad_total, _ = run(_Blocks.to_map_back(query, context), of_query=True, of_context=False)
-        _, grad_context = run(_Blocks.to_sum_back(query, context), of_query=False, of_context=True)
-    return grad_query, grad_total.sum(dim=2), grad_context.sum(dim=2), grad_gate
+        grad_totals, _ = run(tiles, of_query=True, of_context=False)
+        _, grad_contexts = run(_tiles("context back", query, context), of_query=False, of_context=True)
+    grad_total = context.new_empty((items, heads, query.shape[3]))
+    grad_context = torch.empty_like(context)
+    tiles = _tiles("merge", query, context)
+    _launch(
+        _merge_back_kernel,
+        items * heads * tiles.num_k,
+        (grad_totals, grad_contexts, _or(divided_by, context), context, grad_total, grad_context),
+        (grad_totals.shape[1], grad_contexts.shape[1]),
+        tiles,
+        DIVIDE=divided_by is not None,
+    )
+    return grad_query, grad_total, grad_context, grad_gate
 
 
-class _Blocks(NamedTuple):
-    """How a pass is cut into blocks of n positions, k key channels and v value channels, and its programs.
-
-    The sizes are those at which the compiler, asked for an H200, keeps everything in registers and shared memory: in
-    16 bits up to 256 channels without spilling, in float32 (three products on tensor cores for one) up to 64.
-    """
-
-    key_dim: int
-    value_dim: int
-    n: int
-    k: int
-    v: int
-    warps: int
-    stages: int
-
-    @classmethod
-    def _of(cls, keys: Tensor, values: Tensor, n: int, most_k: int, most_v: int, stages: int) -> "_Blocks":
-        key_dim, value_dim = keys.shape[3], values.shape[3]
-        k, v = min(_power_of_2(key_dim), most_k), min(_power_of_2(value_dim), most_v)
-        few = keys.dtype != torch.float32 and max(k, v) <= 64
-        return cls(key_dim, value_dim, n, k, v, 4 if few else 8, stages)
-
-    @classmethod
-    def to_summarize(cls, key: Tensor, value: Tensor) -> "_Blocks":
-        wide = max(key.shape[3], value.shape[3]) > 64
-        if key.dtype == torch.float32:
-            return cls._of(key, value, 32 if wide else 64, 128, 128, 2)
-        return cls._of(key, value, 64, 128, 128, 3)
-
-    @classmethod
-    def to_merge(cls, key: Tensor, value: Tensor) -> "_Blocks":
-        return cls._of(key, value, 1, 16, 128, 1)._replace(warps=4)
-
-    @classmethod
-    def to_map(cls, query: Tensor, context: Tensor) -> "_Blocks":
-        k = _power_of_2(query.shape[3])
-        if query.dtype == torch.float32:
-            return cls._of(query, context, *_SINGLE[k])
-        return cls._of(query, context, 64, 512, 128 if k <= 256 else 64, 3 if k <= 128 else 2 if k == 256 else 1)
-
-    @classmethod
-    def to_map_back(cls, query: Tensor, context: Tensor) -> "_Blocks":
-        k, v = _power_of_2(query.shape[3]), _power_of_2(context.shape[3])
-        if query.dtype == torch.float32:
-            return cls._of(query, context, *_SINGLE[k])
-        if max(k, v) <= 256:
-            return cls._of(query, context, 64, 256, 256, 3 if max(k, v) <= 128 else 1)
-        return cls._of(query, context, 64 if k <= 256 else 32, 512, 64, 1)
-
-    @classmethod
-    def to_sum_back(cls, query: Tensor, context: Tensor) -> "_Blocks":
-        k = _power_of_2(query.shape[3])
-        if query.dtype == torch.float32:
-            return cls._of(query, context, *_SINGLE[k])
-        return cls._of(query, context, 64 if k <= 256 else 32, 512, 128 if k <= 256 else 64, 1)
-
-    @classmethod
-    def to_do_both_back(cls, query: Tensor, context: Tensor) -> "_Blocks | None":
-        """One pass for queries and contexts, where everything fits."""
-        widest = max(query.shape[3], context.shape[3])
-        return cls.to_map_back(query, context) if widest <= (64 if query.dtype == torch.float32 else 128) else None
-
-    @property
-    def tiles_k(self) -> int:
-        return -(-self.key_dim // self.k)
-
-    @property
-    def tiles_v(self) -> int:
-        return -(-self.value_dim // self.v)
-
-    @property
-    def over_positions(self) -> dict[str, Any]:
-        # Products of float32 have its digits unless the user has told torch otherwise.
-        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-        return {"BLOCK_N": self.n, "STAGES": self.stages, "PRECISION": precision}
-
-    def splits(self, tensor: Tensor, programs: int, length: int, wanted: int) -> int:
-        """Parts of every row's positions, so that all programs together fill the chip."""
-        wanted *= _multiprocessors(tensor.device) * 8 // self.warps
-        return max(1, min(-(-wanted // max(programs, 1)), -(-length // self.n), _MOST_SPLITS))
-
-
-# Positions, key and value channels of a block, and stages, of the passes that map float32, by the key channels.
-_SINGLE = {
-    **dict.fromkeys((16, 32, 64), (64, 64, 64, 2)),
-    **dict.fromkeys((128, 256), (64, 256, 32, 1)),
-    512: (32, 512, 16, 1),
-}
+def _tiles(what: Pass, keys: Tensor, values: Tensor) -> Tiles:
+    return tiles_of(what, keys.shape[3], values.shape[3], keys.dtype)
 
 
 def _launch(
-    kernel: Any, programs: int, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], blocks: _Blocks, **options: Any
+    kernel: Any, programs: int, tensors: tuple[Tensor, ...], numbers: tuple[float, ...], tiles: Tiles, **options: Any
 ) -> None:
     """Run a kernel on the tensors' device; nothing where there is nothing to do."""
     if programs == 0:
         return
-    options |= {"K": blocks.key_dim, "V": blocks.value_dim, "BLOCK_K": blocks.k, "BLOCK_V": blocks.v}
-    options |= {"TILES_K": blocks.tiles_k, "TILES_V": blocks.tiles_v}
+    if kernel not in (_merge_kernel, _merge_back_kernel):
+        options |= {"BLOCK_N": tiles.n, "STAGES": tiles.stages, "PRECISION": _precision()}
+    options |= {"K": tiles.key_dim, "V": tiles.value_dim, "BLOCK_K": tiles.k, "BLOCK_V": tiles.v}
     with torch.cuda.device_of(tensors[0]):
-        kernel[(programs,)](*tensors, *numbers, **options, num_warps=blocks.warps)
+        kernel[(programs,)](
+            *tensors, *numbers, **options, TILES_K=tiles.num_k, TILES_V=tiles.num_v, num_warps=tiles.warps
+        )
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _MULTIPROCESSORS_INTERPRETED
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _power_of_2(channels: int) -> int:
-    return max(triton.next_power_of_2(channels), 16)
+def _precision() -> str:
+    """Of products of float32: all of its digits, unless the user has told torch otherwise."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _usual_len(tensor: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -41,9 +41,13 @@ def efficient_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, and what the backward pass needs beside the inputs: maximum, total and context matrix."""
     run = passes("efficient", impl)
-    maximum, total, weighted_sum = run.summarize(key, value, key_mask, normalization, scale, cu_seqlens_key)
-    summary = ContextSummary(maximum, total, weighted_sum, normalization, scale)
-    maximum, total, context = reference.context_over_ranks(summary, group_name)
+    inputs = (key, value, key_mask, normalization, scale, cu_seqlens_key)
+    if group_name:
+        maximum, total, weighted_sum = run.summarize(*inputs)
+        summary = ContextSummary(maximum, total, weighted_sum, normalization, scale)
+        maximum, total, context = reference.context_over_ranks(summary, group_name)
+    else:
+        maximum, total, context = run.context_of(*inputs)
     return run.attend(query, context, normalization, scale, cu_seqlens_query), maximum, total, context
 
 
@@ -65,10 +69,15 @@ def efficient_attention_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = passes("efficient", impl)
-    grad_query, grad_context = run.attend_backward(grad_output, query, context, normalization, scale, cu_seqlens_query)
+    options = (normalization, scale, cu_seqlens_query)
     if group_name:
+        grad_query, grad_context = run.attend_backward(grad_output, query, context, *options)
         grad_context = sum_over_group(grad_context, group_name)
-    grad_total, grad_weighted_sum = context_backward(grad_context, context, total)
+        grad_total, grad_weighted_sum = context_backward(grad_context, context, total)
+    else:
+        grad_query, grad_total, grad_weighted_sum = run.attend_backward_to_sums(
+            grad_output, query, total, context, *options
+        )
     grad_key, grad_value = run.summarize_backward(
         grad_total, grad_weighted_sum, key, value, key_mask, maximum, normalization, scale, cu_seqlens_key
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lineara.ops.blocks import Buffer, blocks, empty_like_query, hidden_positions
-from lineara.ops.efficient.reference import count_positions, finite_shift
+from lineara.ops.efficient.reference import ContextSummary, context_matrix, count_positions, finite_shift
 from lineara.ops.packed import Positions, Row, by_sequence, joined, stacked
 from lineara.ops.precision import accumulation_dtype
 
@@ -54,6 +54,19 @@ def summarize(
             m.copy_(new_maximum)
         S.baddbmm_(k.mT, v)
     return maximum, total, weighted_sum
+
+
+def context_of(
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    normalization: str,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The maximum (B, H, K), total (B, H, K) and context matrix (B, H, K, V)."""
+    maximum, total, weighted_sum = summarize(key, value, key_mask, normalization, scale, cu_seqlens)
+    return maximum, total, context_matrix(ContextSummary(maximum, total, weighted_sum, normalization, scale))
 
 
 def summarize_backward(
@@ -161,6 +174,20 @@ def attend_backward(
             if scale != 1.0:
                 product.mul_(scale)
     return grad_query, grad_context
+
+
+def attend_backward_to_sums(
+    grad_output: Tensor,
+    query: Tensor,
+    total: Tensor,
+    context: Tensor,
+    normalization: str,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, total and weighted sum, where the context is the one divided by the other."""
+    grad_query, grad_context = attend_backward(grad_output, query, context, normalization, scale, cu_seqlens)
+    return grad_query, *context_backward(grad_context, context, total)
 
 
 def _query_weights(query: Tensor, buffer: "Buffer", normalization: str, scale: float) -> Tensor:

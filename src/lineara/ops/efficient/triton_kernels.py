@@ -3,9 +3,6 @@
 from torch import Tensor
 
 from lineara.ops import triton_kernels as kernels
-from lineara.ops.efficient.streaming import context_backward
-
-__all__ = ["attend", "attend_backward", "context_backward", "summarize", "summarize_backward"]
 
 _FEATURE_MAPS = {"softmax": "softmax", "scaling": "identity"}
 
@@ -19,6 +16,17 @@ def summarize(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return kernels.summarize(key, value, key_mask, _FEATURE_MAPS[normalization], scale, cu_seqlens)
+
+
+def context_of(
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    normalization: str,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.summarize(key, value, key_mask, _FEATURE_MAPS[normalization], scale, cu_seqlens, divide=True)
 
 
 def summarize_backward(
@@ -55,3 +63,17 @@ def attend_backward(
         grad_output, query, None, context, None, _FEATURE_MAPS[normalization], scale, cu_seqlens
     )
     return grad_query, grad_context
+
+
+def attend_backward_to_sums(
+    grad_output: Tensor,
+    query: Tensor,
+    total: Tensor,
+    context: Tensor,
+    normalization: str,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.attend_backward(
+        grad_output, query, None, context, None, _FEATURE_MAPS[normalization], scale, cu_seqlens, divided_by=total
+    )[:3]

@@ -23,7 +23,7 @@ def summarize(
             key, value, key_mask, key_weight, value_weight, compression, feature_map, scale, "triton"
         )
     parts = [
-        kernels.summarize(key[:, heads], value[:, heads], key_mask, feature_map, scale, None, resolution)
+        kernels.summarize(key[:, heads], value[:, heads], key_mask, feature_map, scale, window=resolution)
         for heads, resolution in groups(compression.resolutions)
     ]
     maximum, total, weighted_sum = (torch.cat(tensors, dim=1) for tensors in zip(*parts))
@@ -59,8 +59,7 @@ def summarize_backward(
             maximum[:, heads],
             feature_map,
             scale,
-            None,
-            resolution,
+            window=resolution,
             into=(grad_key[:, heads], grad_value[:, heads]),
         )
     return grad_key, grad_value, None, None
