@@ -1,5 +1,9 @@
 """The encoder that Long Range Arena compares attention mechanisms in."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +11,11 @@ from torch.nn.functional import cross_entropy
 
 from lineara.models import SequenceClassifier
 from lineara.nn import EfficientAttention, SoftmaxAttention
+
+sys.path.insert(0, str(Path(__file__).parent))
+import sharded_classifiers
+
+sys.path.pop(0)
 
 VOCAB, CLASSES, MAX_LEN = 11, 5, 23
 ATTENTIONS = pytest.mark.parametrize("attention", [EfficientAttention, SoftmaxAttention])
@@ -278,3 +287,85 @@ def test_a_wrong_mask_is_refused():
         make()(tokens, mask=mask[:, :5])
     with pytest.raises(TypeError, match=r"mask must be boolean .* got torch\.int64"):
         make()(tokens, mask=mask.long())
+
+
+# Shared among processes.
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """What each of the two ranks found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    words = [sys.executable, "-W", "error", sharded_classifiers.__file__]
+    ranks = [
+        subprocess.Popen([*words, str(rank), "2", str(folder)], stderr=subprocess.PIPE, text=True) for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def assert_equal(name, ranks):
+    """The logits of each rank, and the mean of all ranks' gradients."""
+    expected = sharded_classifiers.results(sharded_classifiers.classifier_of(name), name)
+    assert set(ranks[0]) == set(expected)
+    logits = expected.pop("logits")
+    for rank in ranks:
+        torch.testing.assert_close(rank["logits"], logits, rtol=1e-12, atol=1e-12)
+    for key, whole in expected.items():
+        mean = sum(rank[key] for rank in ranks) / len(ranks)
+        torch.testing.assert_close(mean, whole, rtol=1e-12, atol=1e-12, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", sharded_classifiers.CASES)
+def test_ranks_that_share_the_positions_give_what_one_process_gives(name, given):
+    assert_equal(name, [rank[name] for rank in given])
+
+
+@pytest.mark.parametrize("how", ["copy", "mesh"])
+def test_a_copy_and_a_mesh_give_the_same(how, given):
+    assert_equal(sharded_classifiers.LEARNS, [rank[how] for rank in given])
+
+
+def test_each_rank_encodes_its_own_positions_alone_until_they_are_all_here_again(given):
+    assert [rank["positions"] for rank in given] == [[9, 19], [10, 19]]
+    expected, _ = sharded_classifiers.loss_of(
+        sharded_classifiers.classifier_of(sharded_classifiers.LEARNS), sharded_classifiers.LEARNS
+    )
+    assert all(torch.equal(rank["whole again"], expected) for rank in given)
+
+
+@pytest.mark.parametrize("how", sharded_classifiers.WRAPPED)
+def test_under_data_parallel_wrappers_three_steps_lead_to_the_weights_of_one_process(how, given):
+    before = dict(sharded_classifiers.classifier_of(sharded_classifiers.LEARNS).named_parameters())
+    expected = sharded_classifiers.learned(sharded_classifiers.classifier_of(sharded_classifiers.LEARNS))
+    for rank in given:
+        assert rank[how].keys() == expected.keys()
+        for key, weight in expected.items():
+            assert not torch.equal(weight, before[key]), key
+            torch.testing.assert_close(rank[how][key], weight, rtol=1e-10, atol=1e-10, msg=key)
+
+
+class Own(nn.Module):
+    def forward(self, x, context=None, *, key_mask=None):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("other", "said"), [(SoftmaxAttention(6, 2), "SoftmaxAttention in block 1"), (Own(), "Own in block 1")]
+)
+def test_attention_that_needs_every_key_is_not_shared_and_nothing_is_changed(other, said):
+    model = make()
+    model.blocks[1].attention = other
+    with pytest.raises(ValueError, match=f"^every block must have an attention layer that can take a group, .* {said}"):
+        model.shard_positions(None)
+    with pytest.raises(ValueError, match=r"^group must be None until torch\.distributed is initialized"):
+        make().shard_positions(object())
+
+
+def test_sharing_adds_nothing_to_the_state_dict():
+    assert set(make().shard_positions(None).state_dict()) == set(make().state_dict())

@@ -1,11 +1,18 @@
 """The encoder that Long Range Arena compares attention mechanisms in."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from lineara.nn import EncoderBlock
+from lineara.nn.sequence_attention import ShardedPositions
+from lineara.nn.sequence_parallel import shard_positions
+from lineara.ops.sequence_parallel import name_of_group, process_group, sum_over_group
+
+if TYPE_CHECKING:
+    from lineara.ops.sequence_parallel import Group
 
 
 class SequenceClassifier(nn.Module):
@@ -19,6 +26,8 @@ class SequenceClassifier(nn.Module):
 
     With `num_sequences` 2 it compares two sequences: both are encoded by the same weights, and the head sees
     [a, b, a * b, a - b] of their means a and b.
+
+    Sequences too long for one process are shared among several by `shard_positions`.
 
     Args:
         vocab_size: number of token ids; 0 is padding.
@@ -60,6 +69,7 @@ class SequenceClassifier(nn.Module):
             raise ValueError(f"num_sequences must be 1 or 2, got {num_sequences}")
         self.num_sequences = num_sequences
         self.max_len = max_len
+        self._part: _Part | None = None
         self.embedding = nn.Embedding(vocab_size, dim, padding_idx=0)
         self.positions = nn.Parameter(torch.empty(max_len, dim))
         self.dropout = nn.Dropout(dropout)
@@ -74,11 +84,49 @@ class SequenceClassifier(nn.Module):
         with torch.no_grad():
             self.embedding.weight[0].zero_()
 
+    def shard_positions(self, group: "Group") -> Self:
+        """Let every rank of a group work on its own part of the positions of each batch.
+
+        From then on all ranks call the network with the same whole batch. Each embeds and encodes the consecutive
+        positions that are its own, about as many as any other's and none where there are fewer positions than ranks,
+        and the sums behind the means are added over ranks: all ranks return the same logits. Dropout is each rank's.
+
+        Every rank's loss is that of the whole batch, and its gradients are its share of those of the sum of all ranks'
+        losses, so that their mean over ranks, which data-parallel wrappers take, is the gradient of one process.
+
+        Args:
+            group: as for `lineara.nn.sequence_parallel.shard_positions`; None: all positions are here again.
+
+        Returns:
+            The network, changed in place.
+
+        Raises:
+            ValueError: for a network with a block whose attention is not a linear one of `lineara.nn`, or a group that
+                this rank cannot talk to. Nothing is changed then.
+            TypeError: for a group that is none.
+
+        Cost: for each pass a message of (batch, dim) and those of the attention layers; activations of 1 / ranks of the
+            positions on each.
+        """
+        name = name_of_group(group)
+        for index, block in enumerate(self.blocks):
+            if not any(isinstance(layer, ShardedPositions) for layer in block.modules()):
+                raise ValueError(
+                    "every block must have an attention layer that can take a group, EfficientAttention or "
+                    f"MultiresolutionAttention, got {type(getattr(block, 'attention', block)).__name__} in block "
+                    f"{index}"
+                )
+        if len(self.blocks):
+            shard_positions(self.blocks, group)
+        self._part = _Part(name, process_group(name).rank(), process_group(name).size()) if name else None
+        return self
+
     def forward(self, tokens: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Classify token sequences, or pairs of them.
 
         Args:
-            tokens: integer (batch, positions), with `num_sequences` 2 (batch, 2, positions); ids below vocab_size.
+            tokens: integer (batch, positions), with `num_sequences` 2 (batch, 2, positions); ids below vocab_size. All
+                positions, also where ranks share them.
             mask: boolean, of the shape of tokens, True = a token, False = padding; None means that every position is
                 valid.
 
@@ -104,14 +152,27 @@ class SequenceClassifier(nn.Module):
         return self.head(torch.cat([a, b, a * b, a - b], dim=1))
 
     def _encode(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.dropout(self.embedding(tokens) + self.positions[: tokens.shape[1]])  # (B, N, dim)
+        # Counted before the ranks share them: each has the whole mask.
+        valid = tokens.shape[1] if mask is None else mask.sum(dim=1, keepdim=True).clamp_min(1)  # (B, 1)
+        positions = self.positions[: tokens.shape[1]]  # (N, dim)
+        if self._part is not None:
+            here = self._part.of(tokens.shape[1])
+            tokens, positions = tokens[:, here], positions[here]
+            mask = None if mask is None else mask[:, here]
+        x = self.dropout(self.embedding(tokens) + positions)  # (B, n, dim)
         for block in self.blocks:
             x = block(x, key_mask=mask)
-        return _mean_over_valid(self.norm(x), mask)  # (B, dim)
+        x = self.norm(x)
+        total = (x if mask is None else x.masked_fill(~mask[:, :, None], 0.0)).sum(dim=1)  # (B, dim)
+        return (total if self._part is None else sum_over_group(total, self._part.group_name)) / valid
 
 
-def _mean_over_valid(x: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return x.mean(dim=1)  # (B, dim)
-    valid = mask[:, :, None]  # (B, N, 1)
-    return x.masked_fill(~valid, 0.0).sum(dim=1) / valid.sum(dim=1).clamp_min(1)
+class _Part(NamedTuple):
+    """Which positions are this rank's; not the group itself, which torch cannot copy."""
+
+    group_name: str
+    rank: int
+    num_ranks: int
+
+    def of(self, positions: int) -> slice:
+        return slice(self.rank * positions // self.num_ranks, (self.rank + 1) * positions // self.num_ranks)
