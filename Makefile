@@ -14,8 +14,9 @@ demo: $(RUN)/cost.json
 	@$(BIN)/lineara draw maps --checkpoint $(RUN)/checkpoints/best.ckpt --layer 1
 	@$(BIN)/lineara draw cost --costs $(RUN)/cost.json
 
+# Some files at a time, each on one thread, one process per core; a file's tests stay together, for what they share.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check

@@ -44,7 +44,8 @@ def main() -> None:
         parser.error("positions, heads, channels and chunk must be at least 1")
     free = shutil.disk_usage(folder).free
     if 4 * size > free:
-        parser.error(f"{folder} must have room for {4 * size / 1e9:.3g} GB, got {free / 1e9:.3g} GB; name another folder")
+        needed, there = (f"{number / 1e9:.3g} GB" for number in (4 * size, free))
+        parser.error(f"{folder} must have room for {needed}, got {there}; name another folder")
 
     print(f"# More positions than memory\n\n{environment(Path(__file__).parent)}\n")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -89,10 +90,9 @@ def attend(query: Path, context: object, output: Path, shape: tuple[int, int, in
 
 def chunks(path: Path, shape: tuple[int, int, int], length: int, *, write: bool = False) -> Iterator[Tensor]:
     """The file's positions as views of (1, heads, up to `length` positions, channels), one after the other."""
-    positions, heads, channels = shape
     with mapped(path, write) as memory:
         numbers = torch.frombuffer(memory, dtype=DTYPE).view(shape)
-        for start in range(0, positions, length):
+        for start in range(0, shape[0], length):
             yield numbers[start : start + length].transpose(0, 1)[None]
             # Pages that have been used may go; written ones are on their way to the disk.
             memory.madvise(mmap.MADV_DONTNEED)
