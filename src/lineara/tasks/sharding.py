@@ -1,19 +1,20 @@
 """Weights spread over the processes of a run: each holds its part, and gathers a block's when the block is run.
 
 Every task is a `ShardedTask`, so this is the one place that knows how a network is spread. The mesh has two dimensions,
-named as Lightning names them: "data_parallel", over which batches are shared and weights are spread, and
-"tensor_parallel", whose processes are given the same batch.
+named as Lightning names them: "data_parallel", over which batches are shared, and "tensor_parallel", whose processes
+are given the same batch, and may share its positions. Weights are spread over both, and gradients are the mean over
+both, so that they are those of one process: each of the second dimension has the loss of the whole batch.
 """
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
@@ -22,25 +23,42 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Args:
         same_batch_size: how many processes are given the same batch each, the mesh's second dimension.
+            A task with `sequence_parallel` sets it.
         process_group_backend: of torch.distributed; None takes gloo on CPUs and nccl on GPUs.
+        weights: "spread", or "replicated": every process holds them all, as under DDP.
     """
 
-    def __init__(self, same_batch_size: int = 1, process_group_backend: str | None = None) -> None:
+    def __init__(
+        self,
+        same_batch_size: int = 1,
+        process_group_backend: str | None = None,
+        weights: Literal["spread", "replicated"] = "spread",
+    ) -> None:
         super().__init__(
             tensor_parallel_size=same_batch_size,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
         )
         self.same_batch_size = same_batch_size
+        self.weights = weights
 
     def setup_environment(self) -> None:
         processes = self.num_nodes * self.num_processes
-        if self.same_batch_size < 1 or processes % self.same_batch_size:
+        name, setting, size = "same_batch_size", "--trainer.strategy.init_args.same_batch_size", self.same_batch_size
+        asked = getattr(self.lightning_module, "sequence_parallel", 1)
+        if asked > 1:
+            if size not in (1, asked):
+                raise ValueError(
+                    f"same_batch_size must be sequence_parallel where positions are shared, got {size} and {asked}; "
+                    f"leave {setting} out"
+                )
+            name, setting, size = "sequence_parallel", "--model.sequence_parallel", asked
+        if size < 1 or processes % size:
             raise ValueError(
-                f"same_batch_size must divide the number of processes, got {self.same_batch_size} and {processes}; set "
-                "--trainer.devices or --trainer.strategy.init_args.same_batch_size"
+                f"{name} must divide the number of processes, got {size} and {processes}; set --trainer.devices or "
+                f"{setting}"
             )
-        self._data_parallel_size = processes // self.same_batch_size
+        self._data_parallel_size, self._tensor_parallel_size = processes // size, size
         super().setup_environment()
 
     # Processes may be given different numbers of batches to evaluate: they must not wait for each other in a layer.
@@ -69,26 +87,50 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 class ShardedTask(LightningModule):
-    """A task whose `network` may be spread over processes; with any other strategy it is as it was."""
+    """A task whose `network` may be spread over processes; with any other strategy it is as it was.
+
+    Where a task sets `sequence_parallel`, so many processes share the positions of a batch, and its network has
+    `shard_positions(group)`, after which each is called with the same whole batch and returns the same.
+    """
 
     network: nn.Module
+    sequence_parallel: int = 1
 
     def configure_model(self) -> None:
         """Spread the network, once the processes know of each other."""
         mesh = self.device_mesh
+        if mesh is None and self.sequence_parallel > 1:
+            raise ValueError(
+                f"sequence_parallel must be 1 unless the strategy is fsdp, got {self.sequence_parallel}; set "
+                "--trainer.strategy fsdp, and --trainer.devices to a multiple of it"
+            )
         if mesh is None or isinstance(self.network, FSDPModule):
             return
+        if self.sequence_parallel > 1:
+            self._share_positions(mesh["tensor_parallel"])
         if getattr(self.trainer.strategy, "_layer_sync", None) is not None:
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
-        shard_network(self.network, mesh)
+        shard_network(self.network, mesh, getattr(self.trainer.strategy, "weights", "spread"))
+
+    def _share_positions(self, group: DeviceMesh) -> None:
+        self.network.shard_positions(group)  # type: ignore[operator]
+        # Processes begin with the same random numbers: what one drops of its positions says nothing of another's.
+        torch.manual_seed(torch.initial_seed() + group.get_local_rank())
 
 
-def shard_network(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread every block of a network over the mesh's first dimension, and what is in no block with the whole.
+def shard_network(network: nn.Module, mesh: DeviceMesh, how: str = "spread") -> None:
+    """Spread every block of a network over all processes of the run, and what is in no block with the whole.
 
     A block is a member of a list or sequence of layers that has layers itself: an encoder block, a residual block.
+
+    Args:
+        network: changed in place.
+        mesh: of all processes.
+        how: "replicated" leaves all weights with every process; gradients are the mean over processes either way.
     """
-    weights = mesh["data_parallel"]
+    shape = (mesh.size(),) if how == "spread" else (mesh.size(), 1)  # copies, and over how many each is spread
+    names = ("weights",) if how == "spread" else ("copies", "weights")
+    weights = init_device_mesh(mesh.device_type, shape, mesh_dim_names=names)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which no task writes into
     for block in _blocks(network):
         fully_shard(block, mesh=weights)

@@ -26,6 +26,11 @@ class SequenceClassification(ShardedTask):
         warmup_steps: optimiser steps until it is reached; it falls linearly until the last step of the run.
         load_balancing: weight in the loss of the load balancing terms of the network's routers, summed; what is logged
             as the loss is without them. Without routers it means nothing.
+        sequence_parallel: processes that share the positions of each batch, under the strategy fsdp; the others share
+            the batches. Not with softmax attention.
+
+    Raises:
+        ValueError: for a network whose positions cannot be shared, where that is asked for.
 
     Source: the settings of mlpen/Nystromformer's Long Range Arena harness: AdamW (0.9, 0.999), eps 1e-6.
     """
@@ -37,9 +42,15 @@ class SequenceClassification(ShardedTask):
         peak_lr: float = 1e-4,
         warmup_steps: int = 1000,
         load_balancing: float = 0.01,
+        sequence_parallel: int = 1,
     ) -> None:
         super().__init__()
+        if sequence_parallel < 1:
+            raise ValueError(f"sequence_parallel must be at least 1, got {sequence_parallel}")
+        if sequence_parallel > 1:
+            _check_shares_positions(network, sequence_parallel)
         self.network = network
+        self.sequence_parallel = sequence_parallel
         self.peak_lr = peak_lr
         self.warmup_steps = warmup_steps
         self.load_balancing = load_balancing
@@ -71,7 +82,8 @@ class SequenceClassification(ShardedTask):
             assert routing is not None, "the network has just been called"
             loss = loss + self.load_balancing * routing.load_balancing
             for head, share in enumerate(routing.load):
-                self.log(f"train/load_layer{layer}_head{head}", share)
+                # Of this process's positions: where several share them, the mean.
+                self.log(f"train/load_layer{layer}_head{head}", share, sync_dist=self.sequence_parallel > 1)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
@@ -149,3 +161,16 @@ class SequenceClassification(ShardedTask):
         trivial = self.trainer.datamodule.trivial_accuracies(stage)  # type: ignore[attr-defined]
         for name, accuracy in trivial.items():
             self.log(f"{stage}/accuracy_of_{name}", accuracy, sync_dist=True)
+
+
+def _check_shares_positions(network: nn.Module, processes: int) -> None:
+    """Raise before any process is started, unless several can share the positions of the network."""
+    why = f"{type(network).__name__} has no method shard_positions"
+    if hasattr(network, "shard_positions"):
+        try:
+            network.shard_positions(None)  # type: ignore[operator]
+        except ValueError as error:
+            why = str(error)
+        else:
+            return
+    raise ValueError(f"sequence_parallel must be 1 for this network, got {processes}: {why}")
