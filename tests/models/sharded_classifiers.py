@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lineara.models import SequenceClassifier
 from lineara.nn import EfficientAttention, MultiresolutionAttention
+from lineara.nn.router import Router
 
 VOCAB, CLASSES, MAX_LEN, BATCH = 11, 5, 23, 3
 
@@ -93,6 +94,29 @@ def results(network: nn.Module, name: str) -> dict[str, Tensor]:
     return {"logits": logits.detach(), **gradients}
 
 
+def balanced(network: nn.Module, parts: list[slice] | None = None) -> dict[str, Tensor]:
+    """The gradients with load balancing: of a rank's own positions, or the mean over parts of all positions."""
+    routers = [module for module in network.modules() if isinstance(module, Router)]
+    logits: list[Tensor] = []
+    for router in routers:
+        router.logits.register_forward_hook(lambda _, __, found: logits.append(found))
+    loss = loss_of(network, LEARNS)[1]
+    if parts is None:
+        terms = [router.last.load_balancing for router in routers]
+    else:
+        mask = batch_of(LEARNS)["mask"]
+        terms = [_term(found[:, part], mask[:, part]) / len(parts) for found in logits for part in parts]
+    (loss + 0.3 * sum(terms)).backward()
+    return {key: parameter.grad for key, parameter in network.named_parameters()}
+
+
+def _term(logits: Tensor, mask: Tensor) -> Tensor:
+    """Heads times the sum over heads of share of the top 2 choices x mean probability, of (batch, positions, heads)."""
+    probability = logits[mask].softmax(dim=1)  # (valid, heads)
+    load = torch.bincount(probability.topk(2, dim=1).indices.flatten(), minlength=3) / (2 * len(probability))
+    return 3 * (load * probability.mean(dim=0)).sum()
+
+
 def learned(network: nn.Module) -> dict[str, Tensor]:
     """The weights after three steps."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
@@ -121,6 +145,7 @@ def main(rank: int, num_ranks: int, folder: Path) -> None:
     found["mesh"] = results(network, LEARNS)
     found["positions"] = seen
     found["whole again"] = loss_of(network.shard_positions(None), LEARNS)[0].detach()
+    found["balanced"] = balanced(classifier_of(LEARNS).shard_positions(group))
     for how, wrap in WRAPPED.items():
         found[how] = learned(wrap(classifier_of(LEARNS).shard_positions(group)))
     dist.barrier()

@@ -350,6 +350,18 @@ def test_under_data_parallel_wrappers_three_steps_lead_to_the_weights_of_one_pro
             torch.testing.assert_close(rank[how][key], weight, rtol=1e-10, atol=1e-10, msg=key)
 
 
+def test_load_balancing_is_the_mean_of_the_terms_of_all_parts(given):
+    network = sharded_classifiers.classifier_of(sharded_classifiers.LEARNS)
+    expected = sharded_classifiers.balanced(network, [slice(0, 9), slice(9, 19)])
+    plain = sharded_classifiers.results(
+        sharded_classifiers.classifier_of(sharded_classifiers.LEARNS), sharded_classifiers.LEARNS
+    )
+    assert not torch.allclose(plain["embedding.weight"], expected["embedding.weight"])
+    for key, gradient in expected.items():
+        mean = (given[0]["balanced"][key] + given[1]["balanced"][key]) / 2
+        torch.testing.assert_close(mean, gradient, rtol=1e-7, atol=1e-9, msg=key)
+
+
 class Own(nn.Module):
     def forward(self, x, context=None, *, key_mask=None):
         return x
