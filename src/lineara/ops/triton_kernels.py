@@ -2,7 +2,7 @@
 
 Four passes over positions, each of which reads and writes a position once: `summarize`, `attend`, `attend_backward`
 and `summarize_backward`. The feature map (softmax, identity, relu, elu + 1) is chosen when a kernel is compiled, and so
-are the widths; the number of positions is an ordinary argument, and no configuration is searched for at run time. The
+are the widths; of the number of positions only whether 16 divides it is, and nothing is tuned at run time. The
 positions of one head are split over several programs, whose partial sums are added in a fixed order: no atomics,
 identical results from run to run, and one wide head still fills the chip. Nothing waits for the device.
 
@@ -56,10 +56,9 @@ def _segment(cu_seqlens, item, num_positions, PACKED: tl.constexpr):
 
 @triton.jit
 def _part(split, num_splits, length, BLOCK: tl.constexpr):
-    """The first and last position of a split: whole blocks, as many for each."""
+    """Where a split begins and ends: whole blocks, as many for each; the last ones may have none."""
     each = tl.cdiv(tl.cdiv(length, BLOCK), num_splits) * BLOCK
-    first = tl.minimum(split * each, length)
-    return first, tl.minimum(first + each, length)
+    return split * each, tl.minimum((split + 1) * each, length)
 
 
 @triton.jit
@@ -205,7 +204,7 @@ def _spread(
 # Keys and values to summaries.
 
 
-@triton.jit(do_not_specialize=["num_positions", "num_splits", "window", "scale"])
+@triton.jit(do_not_specialize=["num_splits", "window", "scale"])
 def _summarize_kernel(
     key, value, mask, cu_seqlens, maximum, total, weighted_sum,
     num_positions, num_splits, window, scale, heads,
@@ -297,7 +296,7 @@ def _merge_kernel(
     _put(weighted_sum + row * K * V, channels, V, columns, 1, S, where)
 
 
-@triton.jit(do_not_specialize=["num_positions", "num_splits", "window", "scale"])
+@triton.jit(do_not_specialize=["num_splits", "window", "scale"])
 def _summarize_backward_kernel(
     key, value, mask, cu_seqlens, maximum, grad_total, grad_weighted_sum, grad_key, grad_value,
     num_positions, num_splits, window, scale, heads,
@@ -367,7 +366,7 @@ def _summarize_backward_kernel(
 # Queries to outputs.
 
 
-@triton.jit(do_not_specialize=["num_positions", "num_splits", "scale"])
+@triton.jit(do_not_specialize=["num_splits", "scale"])
 def _attend_kernel(
     query, total, context, gate, cu_seqlens, output,
     num_positions, num_splits, scale, heads,
@@ -404,7 +403,7 @@ def _attend_kernel(
         _put(output, start + positions, output_position, columns, output_channel, o, inside[:, None] & real_columns)
 
 
-@triton.jit(do_not_specialize=["num_positions", "num_splits", "scale"])
+@triton.jit(do_not_specialize=["num_splits", "scale"])
 def _attend_backward_kernel(
     query, total, context, gate, cu_seqlens, grad_output, grad_query, grad_gate, grad_total, grad_context,
     num_positions, num_splits, scale, heads,
