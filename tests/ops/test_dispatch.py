@@ -35,6 +35,8 @@ def test_what_is_chosen_runs(impl, streams, monkeypatch):
 def test_wrong_questions_are_named():
     with pytest.raises(ValueError, match=r"operation must be one of 'efficient_attention', .*got 'attention'"):
         explain_implementation(QUERY, KEY, VALUE, operation="attention")
+    with pytest.raises(TypeError, match=r"key must be a torch\.Tensor, got NoneType"):
+        explain_implementation(QUERY, None, VALUE)
     with pytest.raises(ValueError, match="query and value must be on the same device, got cpu and meta"):
         explain_implementation(QUERY, KEY, VALUE.to("meta"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lineara.ops.tiles import in_one_pass, tiles_of
+from lineara.ops.tiles import MOST_SPLITS, in_one_pass, tiles_of
 
 _SHARED_MEMORY = 227 * 1024  # of a multiprocessor that one program may have
 
@@ -60,6 +60,8 @@ def main() -> None:
                 "TILES_K": tiles.num_k,
                 "TILES_V": tiles.num_v,
                 "STAGES": tiles.stages,
+                "BLOCK_P": tiles.n,
+                "MOST_SPLITS": MOST_SPLITS,
                 "PRECISION": "tf32x3",
                 "DIVIDE": True,
                 "FEATURES": features,

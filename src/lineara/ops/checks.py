@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_LARGEST = torch.finfo(torch.float64).max
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -135,7 +136,7 @@ def check_scale(scale: float) -> None:
         raise TypeError(
             f"scale must be a number, got {type(scale).__name__}; to learn it, multiply query and key by it instead"
         )
-    if not abs(scale) < float("inf"):  # math.isfinite would break a compiled graph
+    if not abs(scale) <= _LARGEST:  # math.isfinite would break a compiled graph
         raise ValueError(f"scale must be finite, got {scale}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineara.ops.checks import check_choice
+from lineara.ops.checks import check_choice, check_tensor
 
 IMPLEMENTATIONS = ("reference", "streaming", "triton")
 
@@ -62,14 +62,16 @@ def explain_implementation(query: Tensor, key: Tensor, value: Tensor, *, operati
         One sentence that begins with the implementation's name, such as `"streaming: ..."`.
 
     Raises:
-        ValueError: for an operation that does not exist, or tensors on different devices.
+        ValueError: for an operation that does not exist, tensors of another shape, or tensors on different devices.
+        TypeError: for what is no floating-point tensor.
 
     Cost: none; nothing is computed.
 
     Source: ours.
     """
     check_choice("operation", operation, tuple(_AVAILABLE))
-    for name, tensor in (("key", key), ("value", value)):
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor)
         if tensor.device != query.device:
             raise ValueError(
                 f"query and {name} must be on the same device, got {query.device} and {tensor.device}; move one of them"

@@ -47,9 +47,9 @@ def stacked(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.cat(tensors) for tensors in zip(*parts)]
 
 
-def joined(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Every sequence's results for its positions, (1, H, positions, ...), one after the other again."""
-    return [torch.cat(tensors, dim=2) for tensors in zip(*parts)]
+def joined(parts: Sequence[Sequence[Tensor]], *into: Tensor) -> list[Tensor]:
+    """Every sequence's results for its positions, (1, H, positions, ...), one after the other again, in those given."""
+    return [torch.cat(tensors, dim=2, out=target) for tensors, target in zip(zip(*parts), into)]
 
 
 def _of_sequence(argument: object, start: int, end: int, i: int, starts: list[int]) -> object:
@@ -61,7 +61,7 @@ def _of_sequence(argument: object, start: int, end: int, i: int, starts: list[in
         return None
     axis = 1 if argument.tensor.dim() == 2 else 2
     num_positions = argument.tensor.shape[axis]
-    if starts[0] != 0 or starts[-1] != num_positions or start > end:
+    if starts[0] != 0 or starts[-1] != num_positions or not 0 <= start <= end <= num_positions:
         raise ValueError(
             f"cu_seqlens must rise from 0 to the number of positions, {num_positions}, got "
             f"{', '.join(map(str, starts[:8]))}{', ...' if len(starts) > 8 else ''}"

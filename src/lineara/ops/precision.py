@@ -15,15 +15,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_autocast(*tensors: Tensor | None) -> list[Any]:
-    """The tensors in the dtype that torch.autocast asks for, as its products have them; float64 stays as it is.
+    """The tensors in the dtype that torch.autocast asks for, as its products have them; with float64, as they are.
 
     (For a list of tensors and Nones, which are kept: Any, because each is what the caller gave.)
     """
     there = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-    if not there or not _autocasts(there[0]) or any(tensor.dtype == torch.float64 for tensor in there):
+    if not there or not _autocasts(there[0]) or any(tensor.dtype not in _CAST for tensor in there):
         return list(tensors)
     dtype = torch.get_autocast_dtype(there[0].device.type)
-    return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return [tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -46,6 +46,7 @@ def register_autocast(name: str, operator: Callable[..., Any], num_inputs: int) 
         _LIBRARY.impl(name, cast, key)  # pyright: ignore[reportUnknownMemberType] - torch types it in part
 
 
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
 _LIBRARY = Library("lineara", "FRAGMENT")
 
 

@@ -15,7 +15,7 @@ import torch
 _PROGRAMS = {"maps": 2, "sums": 1}
 # In Triton's interpreter, where every program costs milliseconds.
 _MULTIPROCESSORS_INTERPRETED = 6
-_MOST_SPLITS = 256
+MOST_SPLITS = 256
 
 Pass = Literal["summarize", "merge", "attend", "back", "context back"]
 
@@ -42,7 +42,7 @@ class Tiles(NamedTuple):
     def splits(self, device: torch.device, programs: int, length: int, kind: Literal["maps", "sums"]) -> int:
         """Parts of every row's positions, so that all programs together fill the chip."""
         wanted = _PROGRAMS[kind] * _multiprocessors(device) * 8 // self.warps
-        return max(1, min(-(-wanted // max(programs, 1)), -(-length // self.n), _MOST_SPLITS))
+        return max(1, min(-(-wanted // max(programs, 1)), -(-length // self.n), MOST_SPLITS))
 
 
 @cache
@@ -54,9 +54,11 @@ def tiles_of(what: Pass, key_dim: int, value_dim: int, dtype: torch.dtype) -> Ti
     context, where one pass cannot hold both (see `in_one_pass`).
     """
     k, v = _power_of_2(key_dim), _power_of_2(value_dim)
+    if what == "merge":  # n splits of one key channel
+        return Tiles(key_dim, value_dim, 16, 1, v, 4, 1)
     n, most_k, most_v, stages = (_tiles_of_float32 if dtype == torch.float32 else _tiles_of_16_bits)(what, k, v)
     k, v = min(k, most_k), min(v, most_v)
-    warps = 4 if what == "merge" or (dtype != torch.float32 and max(k, v) <= 64) else 8
+    warps = 4 if dtype != torch.float32 and max(k, v) <= 64 else 8
     return Tiles(key_dim, value_dim, n, k, v, warps, stages)
 
 
@@ -66,8 +68,6 @@ def in_one_pass(tiles: Tiles, dtype: torch.dtype) -> bool:
 
 
 def _tiles_of_16_bits(what: Pass, k: int, v: int) -> tuple[int, int, int, int]:
-    if what == "merge":
-        return 1, 16, 128, 1
     if what == "summarize":
         return 64, 128, 128, 3
     if what == "attend":
@@ -80,8 +80,6 @@ def _tiles_of_16_bits(what: Pass, k: int, v: int) -> tuple[int, int, int, int]:
 
 
 def _tiles_of_float32(what: Pass, k: int, v: int) -> tuple[int, int, int, int]:
-    if what == "merge":
-        return 1, 16, 128, 1
     if what == "summarize":
         return 32 if max(k, v) > 64 else 64, 128, 128, 2
     if k <= 64:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lineara.ops.blocks import empty_like_query
 from lineara.ops.packed import in_sequences
-from lineara.ops.tiles import Pass, Tiles, in_one_pass, tiles_of
+from lineara.ops.tiles import MOST_SPLITS, Pass, Tiles, in_one_pass, tiles_of
 
 # The parts of the kernels.
 
@@ -83,17 +83,17 @@ def _put(tensor, rows, row_stride, columns, column_stride, block, where):
 
 
 @triton.jit
-def _factor(block, like):
-    """A factor of a product in the dtype of `like`, and what the product must be multiplied with afterwards.
+def _in_range(block, like):
+    """A factor of a product in the dtype of `like`, each row times a power of 2, and what undoes that, row by row.
 
-    float16 ends at 65504 and 6e-8, which sums over positions and gradients pass: the largest number becomes about 1.
+    float16 ends at 65504 and 6e-8, which sums over positions and gradients pass: a row's largest number becomes 1 to 2.
     """
     if like.dtype.element_ty == tl.float16:
-        largest = tl.max(tl.max(tl.abs(block), axis=1), axis=0)
-        usable = (largest > 1e-30) & (largest < 1e30)
-        back = tl.where(usable, largest, 1.0)
-        return (block * (1.0 / back)).to(tl.float16), back
-    return block.to(like.dtype.element_ty), 1.0
+        largest = tl.max(tl.abs(block), axis=1)
+        power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        back = tl.where((largest > 1e-30) & (largest < 1e30), power, 1.0)
+        return (block * (1.0 / back)[:, None]).to(tl.float16), back
+    return block.to(like.dtype.element_ty), tl.full([block.shape[0]], 1.0, tl.float32)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _features(x, FEATURES: tl.constexpr):
     if FEATURES == "relu":
         x = tl.where(x < 0.0, 0.0, x)
     elif FEATURES == "elu":
-        x = tl.where(x > 0.0, x + 1.0, tl.exp(x))
+        x = tl.where(x > 0.0, x + 1.0, tl.exp(tl.where(x > 0.0, 0.0, x)))
     return x
 
 
@@ -156,7 +156,7 @@ def _window_of_keys(
         result = tl.zeros([windows.shape[0], channels.shape[0]], tl.float32)
         count = tl.zeros([windows.shape[0]], tl.float32)
         for offset in range(window):
-            positions = windows * window + offset
+            positions = windows.to(tl.int64) * window + offset
             present = _present(mask, mask_stride, start + positions, positions < length, HAS_MASK)
             where = present[:, None] & real
             result += _block(key, start + positions, position_stride, channels, channel_stride, where).to(tl.float32)
@@ -192,7 +192,7 @@ def _spread(
     """Give every position that takes part its window's gradient, and the others 0."""
     if WINDOWED:
         for offset in range(window):
-            positions = windows * window + offset
+            positions = windows.to(tl.int64) * window + offset
             inside = positions < length
             present = _present(mask, mask_stride, start + positions, inside, HAS_MASK)
             given = tl.where(present[:, None], block, 0.0)
@@ -251,10 +251,10 @@ def _summarize_kernel(
             s = s * kept + tl.sum(weights.to(tl.float32), axis=0)
             S = tl.dot(tl.trans(weights), v, acc=S * kept[:, None], input_precision=PRECISION)
         else:
-            x = tl.where(exists[:, None], _features(k, FEATURES), 0.0)
+            x = tl.where(exists[:, None] & real_channels, _features(k, FEATURES), 0.0)
             s += tl.sum(tl.where(exists[:, None], 1.0, 0.0) if FEATURES == "identity" else x, axis=0)
-            weights, back = _factor(x, value)
-            S += _dot(tl.trans(weights), v, PRECISION) * back
+            weights, back = _in_range(tl.trans(x), value)
+            S += _dot(weights, v, PRECISION) * back[:, None]
 
     if DIVIDE:
         S = _quotient(S, s)
@@ -268,32 +268,30 @@ def _summarize_kernel(
 @triton.jit(do_not_specialize=["num_splits"])
 def _merge_kernel(
     maxima, totals, weighted_sums, maximum, total, weighted_sum, num_splits,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILES_K: tl.constexpr, TILES_V: tl.constexpr, DIVIDE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, MOST_SPLITS: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):  # fmt: skip
-    """The splits' summaries, merged in their order; the weighted sum divided by the total if that is asked for."""
-    row, _, tile_k, tile_v = _row_and_split(TILES_K, TILES_V, 1)
-    channels = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = channels < K
-    where = inside[:, None] & (columns < V)[None, :]
-    m = tl.full([BLOCK_K], float("-inf"), tl.float32)
-    for split in range(num_splits):
-        m = tl.maximum(m, tl.load(maxima + (row * num_splits + split) * K + channels, mask=inside, other=0.0))
+    """The splits' summaries of one channel of a row, merged in a fixed order; with DIVIDE the context."""
+    program = tl.program_id(0).to(tl.int64)
+    partial = program // K * num_splits * K + program % K
+    splits = tl.arange(0, MOST_SPLITS)
+    there = splits < num_splits
+    m_of = tl.load(maxima + partial + splits * K, mask=there, other=float("-inf"))
+    m = tl.max(m_of, axis=0)
     shift = tl.where(m == float("-inf"), 0.0, m)
-    s = tl.zeros([BLOCK_K], tl.float32)
-    S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    for split in range(num_splits):
-        partial = row * num_splits + split
-        kept = tl.exp(tl.load(maxima + partial * K + channels, mask=inside, other=0.0) - shift)
-        s += kept * tl.load(totals + partial * K + channels, mask=inside, other=0.0)
-        S += kept[:, None] * _block(weighted_sums + partial * K * V, channels, V, columns, 1, where)
+    s = tl.sum(tl.exp(m_of - shift) * tl.load(totals + partial + splits * K, mask=there, other=0.0), axis=0)
+    columns = tl.arange(0, BLOCK_V)
+    S = tl.zeros([BLOCK_V], tl.float32)
+    for begin in range(0, num_splits, BLOCK_P):
+        some = begin + tl.arange(0, BLOCK_P)
+        kept = tl.exp(tl.load(maxima + partial + some * K, mask=some < num_splits, other=float("-inf")) - shift)
+        where = (some < num_splits)[:, None] & (columns < V)[None, :]
+        S += tl.sum(kept[:, None] * _block(weighted_sums + partial * V, some, K * V, columns, 1, where), axis=0)
     if DIVIDE:
-        S = _quotient(S, s)
-    if tile_v == 0:
-        tl.store(maximum + row * K + channels, m, mask=inside)
-        tl.store(total + row * K + channels, s, mask=inside)
-    _put(weighted_sum + row * K * V, channels, V, columns, 1, S, where)
+        S = S / tl.where(s > 0.0, s, 1.0)
+    tl.store(maximum + program, m)
+    tl.store(total + program, s)
+    tl.store(weighted_sum + program * V + columns, S, mask=columns < V)
 
 
 @triton.jit(do_not_specialize=["num_splits", "window", "scale"])
@@ -324,7 +322,7 @@ def _summarize_backward_kernel(
     m = tl.where(m == float("-inf"), 0.0, m)
     ds = tl.load(grad_total + row * K + channels, mask=channels < K, other=0.0)
     where = (channels < K)[:, None] & (tl.arange(0, BLOCK_V) < V)[None, :]
-    dS, dS_back = _factor(_block(grad_weighted_sum, channels, V, tl.arange(0, BLOCK_V), 1, where), value)
+    dS, dS_back = _in_range(_block(grad_weighted_sum, channels, V, tl.arange(0, BLOCK_V), 1, where), value)
 
     for begin in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         windows = begin + tl.arange(0, BLOCK_N)
@@ -335,7 +333,6 @@ def _summarize_backward_kernel(
         visible = (count > 0.0)[:, None] & real_channels
         x = tl.exp(k * scale - m[None, :]) if FEATURES == "softmax" else _features(k * scale, FEATURES)
         weights = tl.where(visible, x, 0.0)
-        narrow, back = _factor(weights, value)
         share = 1.0 / tl.maximum(count, 1.0)[:, None]
         dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for tile in tl.range(TILES_V, num_stages=1):
@@ -343,13 +340,14 @@ def _summarize_backward_kernel(
             real_columns = (columns < V)[None, :]
             if TILES_V > 1:
                 where = (channels < K)[:, None] & real_columns
-                dS, dS_back = _factor(_block(grad_weighted_sum, channels, V, columns, 1, where), value)
+                dS, dS_back = _in_range(_block(grad_weighted_sum, channels, V, columns, 1, where), value)
             v = _window_of_values(
                 value, mask, mask_position, start, windows, length, window, value_position, columns, value_channel,
                 real_columns, HAS_MASK, WINDOWED,
             )  # fmt: skip
-            dk += _dot(v, tl.trans(dS), PRECISION) * dS_back
-            dv = _dot(narrow, dS, PRECISION) * (back * dS_back * share)
+            dk += _dot(v, tl.trans(dS), PRECISION) * dS_back[None, :]
+            narrow, back = _in_range(weights * dS_back[None, :], value)
+            dv = _dot(narrow, dS, PRECISION) * (back[:, None] * share)
             _spread(
                 grad_value, mask, mask_position, start, windows, length, window, grad_value_position, columns,
                 grad_value_channel, real_columns, dv, HAS_MASK, WINDOWED,
@@ -388,18 +386,18 @@ def _attend_kernel(
     real_channels, real_columns = (channels < K)[None, :], (columns < V)[None, :]
     z = tl.load(total + row * K + channels, mask=channels < K, other=0.0)
     where = (channels < K)[:, None] & real_columns
-    C, C_back = _factor(_block(context + row * K * V, channels, V, columns, 1, where), query)
+    C, C_back = _in_range(_block(context + row * K * V, channels, V, columns, 1, where), query)
 
     for begin in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         positions = begin + tl.arange(0, BLOCK_N)
         inside = positions < length
         q = _block(query, start + positions, query_position, channels, query_channel, inside[:, None] & real_channels)
         weights, factor = _query_weights(q, scale, real_channels, z, FEATURES)
-        narrow, back = _factor(weights, query)
+        narrow, back = _in_range(weights * C_back[None, :], query)
         if HAS_GATE:
             offsets = (start + positions).to(tl.int64) * gate_position
             factor *= tl.load(gate + offsets, mask=inside, other=0.0).to(tl.float32)
-        o = _dot(narrow, C, PRECISION) * (factor * (back * C_back))[:, None]
+        o = _dot(narrow, C, PRECISION) * (factor * back)[:, None]
         _put(output, start + positions, output_position, columns, output_channel, o, inside[:, None] & real_columns)
 
 
@@ -436,7 +434,7 @@ def _attend_backward_kernel(
     z = tl.load(total + row * K + channels, mask=channels < K, other=0.0)
     where = (channels < K)[:, None] & real_columns
     if OF_QUERY:
-        C, C_back = _factor(_block(context, channels, V, columns, 1, where), query)
+        C, C_back = _in_range(_block(context, channels, V, columns, 1, where), query)
     if OF_CONTEXT:
         dC = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     dz = tl.zeros([BLOCK_K], tl.float32)
@@ -455,17 +453,17 @@ def _attend_backward_kernel(
             grad_output, rows, grad_output_position, columns, grad_output_channel, inside[:, None] & real_columns
         )
         if OF_CONTEXT:
-            narrow, back = _factor(weights * factor[:, None], query)
-            dC += _dot(tl.trans(narrow), do, PRECISION) * back
+            narrow, back = _in_range(tl.trans(weights * factor[:, None]), query)
+            dC += _dot(narrow, do, PRECISION) * back[:, None]
         if OF_QUERY:
-            T = _dot(do, tl.trans(C), PRECISION) * C_back
+            T = _dot(do, tl.trans(C), PRECISION) * C_back[None, :]
             for tile in tl.range(1, TILES_V, num_stages=1):
                 more = tile * BLOCK_V + tl.arange(0, BLOCK_V)
                 where_more = inside[:, None] & (more < V)[None, :]
                 do = _block(grad_output, rows, grad_output_position, more, grad_output_channel, where_more)
                 where_more = (channels < K)[:, None] & (more < V)[None, :]
-                other, other_back = _factor(_block(context, channels, V, more, 1, where_more), query)
-                T += _dot(do, tl.trans(other), PRECISION) * other_back
+                other, other_back = _in_range(_block(context, channels, V, more, 1, where_more), query)
+                T += _dot(do, tl.trans(other), PRECISION) * other_back[None, :]
             share = tl.sum(weights * T, axis=1) * inverse
             if HAS_GATE:
                 offsets = rows.to(tl.int64) * grad_gate_position
@@ -492,31 +490,32 @@ def _attend_backward_kernel(
 @triton.jit(do_not_specialize=["num_splits_total", "num_splits"])
 def _merge_back_kernel(
     grad_totals, grad_contexts, total, context, grad_total, grad_context, num_splits_total, num_splits,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILES_K: tl.constexpr, TILES_V: tl.constexpr, DIVIDE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, MOST_SPLITS: tl.constexpr,
+    DIVIDE: tl.constexpr,
 ):  # fmt: skip
-    """The splits' gradients of total and context, added in their order.
+    """The splits' gradients of one channel's total and context, added in a fixed order.
 
     Where the context was divided by the total, those of total and weighted sum: dS = dC / s, ds = -rowsum(C * dS).
     """
-    row, _, tile_k, _ = _row_and_split(TILES_K, 1, 1)
-    channels = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = channels < K
-    s = tl.load(total + row * K + channels, mask=inside, other=1.0)
-    ds = tl.zeros([BLOCK_K], tl.float32)
-    for split in range(num_splits_total):
-        ds += tl.load(grad_totals + (row * num_splits_total + split) * K + channels, mask=inside, other=0.0)
-    for tile in range(TILES_V):
-        columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        where = inside[:, None] & (columns < V)[None, :]
-        dC = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-        for split in range(num_splits):
-            dC += _block(grad_contexts + (row * num_splits + split) * K * V, channels, V, columns, 1, where)
-        if DIVIDE:
-            dC = _quotient(dC, s)
-            ds -= tl.sum(dC * _block(context + row * K * V, channels, V, columns, 1, where), axis=1)
-        _put(grad_context + row * K * V, channels, V, columns, 1, dC, where)
-    tl.store(grad_total + row * K + channels, ds, mask=inside)
+    program = tl.program_id(0).to(tl.int64)
+    row, channel = program // K, program % K
+    splits = tl.arange(0, MOST_SPLITS)
+    parts = grad_totals + row * num_splits_total * K + channel + splits * K
+    ds = tl.sum(tl.load(parts, mask=splits < num_splits_total, other=0.0), axis=0)
+    columns = tl.arange(0, BLOCK_V)
+    dC = tl.zeros([BLOCK_V], tl.float32)
+    for begin in range(0, num_splits, BLOCK_P):
+        some = begin + tl.arange(0, BLOCK_P)
+        where = (some < num_splits)[:, None] & (columns < V)[None, :]
+        dC += tl.sum(
+            _block(grad_contexts + (row * num_splits * K + channel) * V, some, K * V, columns, 1, where), axis=0
+        )
+    if DIVIDE:
+        s = tl.load(total + program)
+        dC = dC / tl.where(s > 0.0, s, 1.0)
+        ds -= tl.sum(dC * tl.load(context + program * V + columns, mask=columns < V, other=0.0), axis=0)
+    tl.store(grad_context + program * V + columns, dC, mask=columns < V)
+    tl.store(grad_total + program, ds)
 
 
 # Launchers: the same signatures and results as the streaming passes.
@@ -550,7 +549,7 @@ def summarize(
     _launch(
         _summarize_kernel,
         programs * splits,
-        (key, value, _bytes(key_mask, key), _or(cu_seqlens, key), maximum, total, weighted_sum),
+        (key, value, _bytes(key_mask, key), _starts(cu_seqlens, key), maximum, total, weighted_sum),
         (key.shape[2], splits, window, scale, key.shape[1], *key.stride(), *value.stride(), *_strides(key_mask, 2)),
         tiles,
         FEATURES=feature_map,
@@ -562,9 +561,14 @@ def summarize(
     if splits > 1:
         parts = (maximum, total, weighted_sum)
         maximum, total, weighted_sum = (part.new_empty((rows, *part.shape[2:])) for part in parts)
-        tiles = _tiles("merge", key, value)
-        programs = rows * tiles.num_k * tiles.num_v
-        _launch(_merge_kernel, programs, (*parts, maximum, total, weighted_sum), (splits,), tiles, DIVIDE=divide)
+        _launch(
+            _merge_kernel,
+            rows * key.shape[3],
+            (*parts, maximum, total, weighted_sum),
+            (splits,),
+            _tiles("merge", key, value),
+            DIVIDE=divide,
+        )
     return maximum.view(shape), total.view(shape), weighted_sum.view(*shape, value.shape[3])
 
 
@@ -591,7 +595,7 @@ def summarize_backward(
     _launch(
         _summarize_backward_kernel,
         rows * splits,
-        (key, value, _bytes(key_mask, key), _or(cu_seqlens, key), *short, grad_key, grad_value),
+        (key, value, _bytes(key_mask, key), _starts(cu_seqlens, key), *short, grad_key, grad_value),
         (
             *(key.shape[2], splits, window, scale, key.shape[1], *key.stride(), *value.stride()),
             *(*grad_key.stride(), *grad_value.stride(), *_strides(key_mask, 2)),
@@ -628,7 +632,7 @@ def attend(
     _launch(
         _attend_kernel,
         programs * splits,
-        (query, _or(total, context), context, _or(gate, query), _or(cu_seqlens, query), output),
+        (query, _or(total, context), context, _or(gate, query), _starts(cu_seqlens, query), output),
         (query.shape[2], splits, scale, query.shape[1], *query.stride(), *_strides(gate, 3), *output.stride()),
         tiles,
         FEATURES=feature_map,
@@ -667,7 +671,7 @@ def attend_backward(
             _attend_backward_kernel,
             programs * splits,
             (
-                *(query, _or(total, context), context, _or(gate, query), _or(cu_seqlens, query), grad_output),
+                *(query, _or(total, context), context, _or(gate, query), _starts(cu_seqlens, query), grad_output),
                 *(grad_query, _or(grad_gate, query), grad_totals, grad_contexts),
             ),
             (
@@ -691,13 +695,12 @@ def attend_backward(
         _, grad_contexts = run(_tiles("context back", query, context), of_query=False, of_context=True)
     grad_total = context.new_empty((items, heads, query.shape[3]))
     grad_context = torch.empty_like(context)
-    tiles = _tiles("merge", query, context)
     _launch(
         _merge_back_kernel,
-        items * heads * tiles.num_k,
+        items * heads * query.shape[3],
         (grad_totals, grad_contexts, _or(divided_by, context), context, grad_total, grad_context),
         (grad_totals.shape[1], grad_contexts.shape[1]),
-        tiles,
+        _tiles("merge", query, context),
         DIVIDE=divided_by is not None,
     )
     return grad_query, grad_total, grad_context, grad_gate
@@ -713,18 +716,21 @@ def _launch(
     """Run a kernel on the tensors' device; nothing where there is nothing to do."""
     if programs == 0:
         return
-    if kernel not in (_merge_kernel, _merge_back_kernel):
-        options |= {"BLOCK_N": tiles.n, "STAGES": tiles.stages, "PRECISION": _precision()}
-    options |= {"K": tiles.key_dim, "V": tiles.value_dim, "BLOCK_K": tiles.k, "BLOCK_V": tiles.v}
+    if kernel in (_merge_kernel, _merge_back_kernel):
+        options |= {"BLOCK_P": tiles.n, "MOST_SPLITS": MOST_SPLITS}
+    else:
+        options |= {"BLOCK_N": tiles.n, "STAGES": tiles.stages, "PRECISION": _precision(tensors[0])}
+        options |= {"BLOCK_K": tiles.k, "TILES_K": tiles.num_k, "TILES_V": tiles.num_v}
+    options |= {"K": tiles.key_dim, "V": tiles.value_dim, "BLOCK_V": tiles.v}
     with torch.cuda.device_of(tensors[0]):
-        kernel[(programs,)](
-            *tensors, *numbers, **options, TILES_K=tiles.num_k, TILES_V=tiles.num_v, num_warps=tiles.warps
-        )
+        kernel[(programs,)](*tensors, *numbers, **options, num_warps=tiles.warps)
 
 
-def _precision() -> str:
+def _precision(tensor: Tensor) -> str:
     """Of products of float32: all of its digits, unless the user has told torch otherwise."""
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if tensor.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3"
 
 
 def _usual_len(tensor: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -740,6 +746,10 @@ def _like(tensor: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """Something to point to where there is nothing; it is not read."""
     return other if tensor is None else tensor
+
+
+def _starts(cu_seqlens: Tensor | None, other: Tensor) -> Tensor:
+    return other if cu_seqlens is None else cu_seqlens.contiguous()
 
 
 def _bytes(mask: Tensor | None, other: Tensor) -> Tensor:

@@ -93,13 +93,13 @@ def efficient_attention(
 
     Gradients of any order are supported. For torch.func transforms use `impl="reference"`.
     """
+    query, key, value = as_autocast(query, key, value)
     check_key_and_value(key, value)
     check_query_and_key(query, key)
     check_key_mask(key_mask, key)
     check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
     check_scale(scale)
-    query, key, value = as_autocast(query, key, value)
     group_name = name_of_group(group)
     tensors = (query, key, value, key_mask, cu_seqlens_query, cu_seqlens_key)
     implementation = choose_implementation("efficient_attention", impl, query, value)
@@ -150,12 +150,12 @@ def summarize_context(
 
     Source: ours, from the associativity of the sums of arXiv 1812.01243 with the running maximum of online softmax.
     """
+    key, value = as_autocast(key, value)
     check_key_and_value(key, value)
     check_key_mask(key_mask, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
     check_cu_seqlens("cu_seqlens", cu_seqlens, "key", key)
     check_scale(scale)
-    key, value = as_autocast(key, value)
     implementation = choose_implementation("efficient_attention", impl, key, value)
     tensors = (key, value, key_mask, cu_seqlens)
     if implementation != "reference":

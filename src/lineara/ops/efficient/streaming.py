@@ -90,7 +90,8 @@ def summarize_backward(
             (Positions(key), Positions(value), Positions(key_mask)),
         )
         options = (Row(maximum), normalization, scale)
-        grad_key, grad_value = joined(by_sequence(summarize_backward, cu_seqlens, *sums, *inputs, *options))
+        parts = by_sequence(summarize_backward, cu_seqlens, *sums, *inputs, *options)
+        grad_key, grad_value = joined(parts, torch.empty_like(key), torch.empty_like(value))
         return grad_key, grad_value
     softmax = normalization == "softmax"
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
@@ -134,7 +135,8 @@ def attend(
 ) -> Tensor:
     """The query weights of every position, times the context matrix: (B, H, N, V)."""
     if cu_seqlens is not None:
-        return torch.cat(by_sequence(attend, cu_seqlens, Positions(query), Row(context), normalization, scale), dim=2)
+        parts = by_sequence(attend, cu_seqlens, Positions(query), Row(context), normalization, scale)
+        return torch.cat(parts, dim=2, out=empty_like_query(query, context.shape[3]))
     output = empty_like_query(query, context.shape[3])
     query_buffer, output_buffer = Buffer(query), Buffer(output)
     for (q, o), (C,) in blocks((query, output), (context,)):
@@ -158,7 +160,8 @@ def attend_backward(
     if cu_seqlens is not None:
         long = (Positions(grad_output), Positions(query))
         parts = by_sequence(attend_backward, cu_seqlens, *long, Row(context), normalization, scale)
-        return joined([part[:1] for part in parts])[0], stacked([part[1:] for part in parts])[0]
+        (grad_query,) = joined([part[:1] for part in parts], torch.empty_like(query))
+        return grad_query, stacked([part[1:] for part in parts])[0]
     grad_query = torch.empty_like(query)
     grad_context = torch.zeros_like(context, memory_format=torch.contiguous_format)
     query_buffer, output_buffer, grad_query_buffer = Buffer(query), Buffer(grad_output), Buffer(query)

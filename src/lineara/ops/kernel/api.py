@@ -80,13 +80,13 @@ def kernel_attention(
 
     Gradients of any order are supported. For torch.func transforms use `impl="reference"`.
     """
+    query, key, value = as_autocast(query, key, value)
     check_key_and_value(key, value)
     check_query_and_key(query, key)
     check_key_mask(key_mask, key)
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     check_scale(scale)
     check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
-    query, key, value = as_autocast(query, key, value)
     group_name = name_of_group(group)
     tensors = (query, key, value, key_mask, cu_seqlens_query, cu_seqlens_key)
     implementation = choose_implementation("kernel_attention", impl, query, value)

@@ -58,7 +58,7 @@ def summarize_backward(
             (Positions(key), Positions(value), Positions(key_mask)),
         )
         parts = by_sequence(summarize_backward, cu_seqlens, *sums, *inputs, feature_map, scale)
-        grad_key, grad_value = joined(parts)
+        grad_key, grad_value = joined(parts, torch.empty_like(key), torch.empty_like(value))
         return grad_key, grad_value
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     hidden = hidden_positions(key_mask, key)
@@ -92,7 +92,8 @@ def attend(
     """
     if cu_seqlens is not None:
         tensors = (Positions(query), Row(total), Row(context), Positions(gate))
-        return torch.cat(by_sequence(attend, cu_seqlens, *tensors, feature_map, scale), dim=2)
+        parts = by_sequence(attend, cu_seqlens, *tensors, feature_map, scale)
+        return torch.cat(parts, dim=2, out=empty_like_query(query, context.shape[3]))
     output = empty_like_query(query, context.shape[3])
     query_buffer, output_buffer = Buffer(query), Buffer(output)
     for (q, o, g), (z, C) in blocks((query, output, _gates(gate, query)), (total, context)):
@@ -125,7 +126,8 @@ def attend_backward(
         parts = by_sequence(attend_backward, cu_seqlens, *tensors, feature_map, scale)
         grad_total, grad_context = stacked([part[1:3] for part in parts])
         grad_gate = None if gate is None else torch.cat([part[3] for part in parts], dim=2)
-        return joined([part[:1] for part in parts])[0], grad_total, grad_context, grad_gate
+        (grad_query,) = joined([part[:1] for part in parts], torch.empty_like(query))
+        return grad_query, grad_total, grad_context, grad_gate
     softmax = feature_map == "softmax"
     grad_query = torch.empty_like(query)
     grad_total = torch.zeros_like(total, memory_format=torch.contiguous_format)

@@ -114,6 +114,9 @@ def multiresolution_attention(
 
     Gradients of any order are supported. For torch.func transforms use `impl="reference"`.
     """
+    tensors = query, key, value, gate, key_weight, value_weight = as_autocast(
+        query, key, value, gate, key_weight, value_weight
+    )
     check_key_and_value(key, value)
     check_query_and_key(query, key)
     check_key_mask(key_mask, key)
@@ -147,9 +150,6 @@ def multiresolution_attention(
     group_name = name_of_group(group)
     if not group_name:  # otherwise the whole grid is known later
         resolutions = reference.within(resolutions, compression, max(1, *key_shape))
-    tensors = query, key, value, gate, key_weight, value_weight = as_autocast(
-        query, key, value, gate, key_weight, value_weight
-    )
     implementation = choose_implementation("multiresolution_attention", impl, query, value)
     if in_passes(implementation, query, key, value, always=bool(group_name)):
         check_forward_mode(implementation, *(tensor for tensor in tensors if tensor is not None))
@@ -197,13 +197,17 @@ def _check_resolutions(resolutions: Sequence[int], query: Tensor) -> None:
 def _checked_shape(key_shape: Sequence[int] | None, key: Tensor) -> tuple[int, ...]:
     if key_shape is None:
         return (key.shape[2],)
-    if not isinstance(key_shape, Sequence) or not all(isinstance(size, int | torch.SymInt) for size in key_shape):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(key_shape, Sequence) or not all(map(_is_size, key_shape)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"key_shape must be a sequence of integers, got {key_shape!r}")
     if not key_shape or min(key_shape) < 0 or math.prod(key_shape) != key.shape[2]:
         raise ValueError(
             f"the product of key_shape must be the number of key positions, got {tuple(key_shape)} and {key.shape[2]}"
         )
     return tuple(key_shape)
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, int | torch.SymInt) and not isinstance(size, bool)
 
 
 def _check_gate(gate: Tensor | None, query: Tensor) -> None:
