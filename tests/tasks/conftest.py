@@ -36,7 +36,7 @@ data:
     data_root: {folder}
     num_train: 110
     num_val: 40
-    num_test: 46
+    num_test: 47
     min_len: 5
     max_len: 30
     batch_size: 11

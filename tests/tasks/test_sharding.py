@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.nn.modules.batchnorm import SyncBatchNorm
 
@@ -96,6 +97,7 @@ def test_two_processes_measure_what_one_does(runs, tiny_recipe, strategy, monkey
     one = TrainingCommand(["test", "--config", str(tiny_recipe), *words]).trainer.callback_metrics
     two = json.loads((runs / strategy / "test.json").read_text())
     assert {"test/loss", "test/accuracy", "test/accuracy_of_majority_class"} <= one.keys()
+    assert yaml.safe_load(tiny_recipe.read_text())["data"]["init_args"]["num_test"] % 2  # they do not come out even
     for name, value in one.items():
         assert two[name] == pytest.approx(float(value), rel=1e-6), name
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lineara.tasks.files import write_text
@@ -82,6 +82,7 @@ class ImageClassification(ShardedTask):
                 for name, top_k in ranks.items()
             }
         )
+        self.losses = nn.ModuleDict({f"{stage}_": MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
@@ -196,7 +197,14 @@ class ImageClassification(ShardedTask):
             "on_epoch": stage != "train",
             "batch_size": len(label),
         }
-        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=stage != "train", **options)
+        if stage == "train":
+            self.log("train/loss", loss, prog_bar=True, **options)
+        else:
+            mean = self.losses[f"{stage}_"]
+            assert isinstance(mean, MeanMetric)
+            mean.update(loss.expand(len(label)))  # as a weight, torchmetrics would drop it beside "disable"
+            # Metrics are of all processes by themselves, however many images each has.
+            self.log(f"{stage}/loss", mean, prog_bar=True, **options)
         for name in ("accuracy", "accuracy_top5"):
             metric = self.metrics[f"{stage}/{name}"]
             assert isinstance(metric, Metric)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lineara.nn.router import Router
@@ -58,6 +59,7 @@ class SequenceClassification(ShardedTask):
         self.accuracy = nn.ModuleDict(
             {f"{stage}_": MulticlassAccuracy(num_classes, average="micro") for stage in ("train", "val", "test")}
         )
+        self.losses = nn.ModuleDict({f"{stage}_": MeanMetric(nan_strategy="disable") for stage in ("val", "test")})
         self._rows: list[tuple[object, ...]] = []
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -152,8 +154,14 @@ class SequenceClassification(ShardedTask):
             "batch_size": len(logits),
             "prog_bar": True,
         }
-        # Of several processes the mean; metrics are of all of them by themselves.
-        self.log(f"{stage}/loss", loss, sync_dist=True, **options)
+        if stage == "train":  # of several processes the mean: a step's batches are equally large
+            self.log("train/loss", loss, sync_dist=True, **options)
+        else:
+            mean = self.losses[f"{stage}_"]
+            assert isinstance(mean, MeanMetric)
+            mean.update(loss.expand(len(logits)))  # as a weight, torchmetrics would drop it beside "disable"
+            # Metrics are of all processes by themselves, however many examples each has.
+            self.log(f"{stage}/loss", mean, **options)
         self.log(f"{stage}/accuracy", accuracy, **options)
         return loss
 
