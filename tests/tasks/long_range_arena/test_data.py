@@ -2,6 +2,7 @@
 
 import math
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -279,3 +280,37 @@ def test_processes_evaluate_every_example_once_and_each_has_some(processes, batc
     assert min(map(len, parts)) > 0
     assert sorted(index for part in parts for batch in part for index in batch) == list(range(101))
     assert max(len(batch) for part in parts for batch in part) <= batch_size
+
+
+def trainer(function, processes):
+    progress = SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=12)))
+    return SimpleNamespace(
+        world_size=processes,
+        global_rank=0,
+        strategy=None,
+        num_training_batches=7,
+        state=SimpleNamespace(fn=function),
+        fit_loop=SimpleNamespace(epoch_loop=progress),
+    )
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(5, 3), (3, 2), (5, 1)])
+def test_a_resumed_fit_must_have_the_steps_that_it_was_begun_with(batch_size, processes):
+    begun, other = Few(batch_size=5), Few(batch_size=batch_size)
+    begun.trainer = trainer("fit", 2)
+    state = begun.state_dict()
+    assert state == {"batches_done": 5, "examples_per_step": 10}
+    other.trainer = trainer("fit", processes)
+    sentence = rf"^a resumed run must keep its examples per step, got {batch_size * processes} .* begun with 10; set the"
+    with pytest.raises(ValueError, match=sentence):
+        other.load_state_dict(state)
+    other.trainer = trainer("test", processes)  # which takes no steps
+    other.load_state_dict(state)
+
+
+def test_a_resumed_fit_may_share_its_steps_otherwise_and_older_checkpoints_do_not_say():
+    for state in ({"batches_done": 5, "examples_per_step": 10}, {"batches_done": 5}):
+        module = Few(batch_size=10)
+        module.trainer = trainer("fit", 1)
+        module.load_state_dict(state)
+        assert module._batches_done == 5

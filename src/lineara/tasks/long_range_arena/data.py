@@ -164,10 +164,23 @@ class SequenceData(LightningDataModule):
         """How far into the epoch a checkpoint is, so that a resumed run goes on with the next batch."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return {"batches_done": progress.ready % int(self.trainer.num_training_batches)}
+        done = progress.ready % int(self.trainer.num_training_batches)
+        return {"batches_done": done, "examples_per_step": self._examples_per_step()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Take up a checkpoint's place in the epoch; a fit must have its steps, for the order depends on them."""
+        ours = self._examples_per_step()
+        begun = state_dict.get("examples_per_step", ours)
+        if self.trainer is not None and self.trainer.state.fn == "fit" and ours != begun:
+            raise ValueError(
+                f"a resumed run must keep its examples per step, got {ours} (batch_size {self.batch_size} on "
+                f"{shares(self.trainer)[0]} processes) but it was begun with {begun}; set the batch size and the number "
+                "of processes as they were, or begin a new run"
+            )
         self._batches_done = state_dict["batches_done"]
+
+    def _examples_per_step(self) -> int:
+        return self.batch_size * shares(self.trainer)[0]
 
     def _loader(self, split: str, *, shuffle: bool = False, start: int = 0) -> DataLoader[Any]:
         lengths = self._splits[split].lengths
