@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py --preset full --output runs/attention
 
-The same from a checkout that is not installed; it needs torch and nothing else. `--help` tells the options. Rows,
-report and, where there is matplotlib, a picture are written to the folder after every case: a run that ends early keeps
-what it has, and a second one goes on from there. A quiet machine is the caller's business.
+The same from a checkout that is not installed; it needs torch and nothing else. `--help` tells the options. Rows are
+written to the folder after every shape and pass: a run that is killed keeps what it has, and a second one goes on from
+there. Report and, where there is matplotlib, picture follow at the end. A quiet machine is the caller's business.
 """
 
 import sys

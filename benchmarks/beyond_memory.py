@@ -42,6 +42,8 @@ def main() -> None:
     folder = options.folder or Path(tempfile.gettempdir())
     if min(shape) < 1 or options.chunk < 1:
         parser.error("positions, heads, channels and chunk must be at least 1")
+    if not folder.is_dir():
+        parser.error(f"{folder} must be a folder")
     free = shutil.disk_usage(folder).free
     if 4 * size > free:
         needed, there = (f"{number / 1e9:.3g} GB" for number in (4 * size, free))

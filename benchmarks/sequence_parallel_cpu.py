@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, nargs=3, help=argparse.SUPPRESS)  # this process is one that is measured
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if min(*options.positions, *options.processes, options.rounds) < 1:
+        parser.error("positions, processes and rounds must be at least 1")
     torch.set_num_threads(1)
     if options.rank:
         measure(*options.rank, options.rounds, options.folder)
