@@ -36,7 +36,8 @@ def test_each_process_goes_on_with_its_own_random_numbers():
     drawn = []
     for rank in (0, 1, 2):
         keep = KeepRun("")
-        keep.on_load_checkpoint(SimpleNamespace(global_rank=rank), None, {"lineara_random_state": torch.stack(states)})
+        trainer = SimpleNamespace(global_rank=rank, state=SimpleNamespace(fn="fit"))
+        keep.on_load_checkpoint(trainer, None, {"lineara_random_state": torch.stack(states)})
         keep.on_train_start(None, None)
         drawn.append(torch.rand(1).item())
     torch.manual_seed(3)

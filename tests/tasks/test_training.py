@@ -21,6 +21,7 @@ import torchvision
 import yaml
 from torch.nn.functional import cross_entropy
 
+from lineara.cli import _users_mistake
 from lineara.nn import SoftmaxAttention
 from lineara.tasks.checkpoints import WholeCheckpoints
 from lineara.tasks.long_range_arena import SequenceClassification
@@ -513,6 +514,101 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence_and_runs_nothing(finis
         command(str(path))
     assert str(error.value) == f"{path} {sentence}"
     assert {entry.name for entry in tmp_path.iterdir()} <= {"given.ckpt"}
+
+
+def without_a_weight(content):
+    del content["state_dict"]["network.head.2.bias"]
+    return "one without the weight network.head.2.bias"
+
+
+def with_a_weight_of_another_shape(content):
+    content["state_dict"]["network.head.2.weight"] = torch.ones(10, 3)
+    return r"one whose weight network.head.2.weight has the shape (10, 3), not (10, 8)"
+
+
+def with_a_foreign_weight(content):
+    content["state_dict"]["network.tail"] = torch.ones(3)
+    return "one with the weight network.tail, which the network has not"
+
+
+def without_weights(content):
+    del content["state_dict"]
+    return "one without weights"
+
+
+def without_random_state(content):
+    del content["lineara_random_state"]
+    return "one without lineara_random_state"
+
+
+def with_a_random_state_of_another_kind(content):
+    content["lineara_random_state"] = torch.ones(7)
+    return "one whose lineara_random_state is none of torch"
+
+
+def without_loops(content):
+    del content["loops"]
+    return "one without loops"
+
+
+def with_empty_loops(content):
+    content["loops"] = {}
+    return "one whose loops are not those of a run"
+
+
+def with_a_recipe_that_is_no_yaml(content):
+    content["lineara_recipe"] = "model: [1, 2"
+    return "one whose recipe cannot be read"
+
+
+def with_a_recipe_without_a_model(content):
+    content["lineara_recipe"] = "data: 3"
+    return "one whose recipe cannot be read"
+
+
+UNFIT = [without_a_weight, with_a_weight_of_another_shape, with_a_foreign_weight, without_weights, with_empty_loops]
+RECIPES = [with_a_recipe_that_is_no_yaml, with_a_recipe_without_a_model]
+REST = [without_random_state, with_a_random_state_of_another_kind, without_loops]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("spoil", UNFIT + RECIPES + REST, ids=lambda spoil: spoil.__name__)
+@pytest.mark.parametrize("use", ["fit", "test", "load_run"])
+def test_a_checkpoint_that_lacks_something_is_refused_in_one_sentence(finished, recipe, tmp_path, spoil, use):
+    path, run_dir = tmp_path / "given.ckpt", tmp_path / "run"
+    content = read(finished.run_dir / "checkpoints/last.ckpt")
+    sentence = spoil(content)
+    torch.save(content, path)
+    command = load_run if use == "load_run" else partial(run, use, recipe, run_dir, "--ckpt_path")
+    if use != "fit" and spoil in REST:  # which only a run that goes on needs
+        command(str(path))
+        return
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        command(str(path))
+    assert str(error.value).startswith(f"{path} must be a checkpoint ")
+    assert f"got {sentence}; name another one" in str(error.value)
+    assert not (run_dir / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["strategy", "dpp"], r"^strategy must be auto, ddp, fsdp or .* got dpp; set --trainer\.strategy ddp or fsdp$"),
+        (["strategy", "ddp_spawn"], r"^strategy must be .* that starts the command again .* got ddp_spawn; set"),
+        (["strategy", "torch.nn.Linear"], r"^strategy must be .* got torch\.nn\.Linear; set"),  # as it was written
+        (["accelerator", "gpus"], r"^the trainer's options must be ones that can be had here, got accelerator gpus, "),
+        (["devices", "foo"], r"^the trainer's options must .* devices foo, .*; see `lineara fit --help`$"),
+        (["devices", "-2"], r"^the trainer's options must .* devices -2, "),
+        (["num_nodes", "0"], r"^the trainer's options must .* num_nodes 0, .*\(`num_nodes` must be a positive integer"),
+    ],
+    ids=str,
+)
+def test_options_of_the_trainer_that_cannot_be_had_are_refused_in_one_sentence(recipe, tmp_path, words, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        run("fit", recipe, tmp_path / "run", f"--trainer.{words[0]}", words[1])
+    assert "\n" not in str(error.value)
+    assert _users_mistake(error.value) is error.value
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_malicious_checkpoint_would_do_harm(finished, tmp_path):

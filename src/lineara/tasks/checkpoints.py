@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor, nn
 
 from lineara.tasks.files import write_text, written_whole
 
 RECIPE = "lineara_recipe"
 _RANDOM_STATE = "lineara_random_state"
+# What a fit that goes on reads, beside the weights.
+_TO_GO_ON = (_RANDOM_STATE, "loops", "optimizer_states", "lr_schedulers", "callbacks", "epoch", "global_step")
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -51,6 +55,8 @@ class KeepRun(Callback):
         checkpoint[_RANDOM_STATE] = torch.stack(states)  # (processes, bytes)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":
+            return
         states = checkpoint[_RANDOM_STATE].cpu().reshape(-1, len(torch.get_rng_state()))
         self._random_state = states[trainer.global_rank % len(states)].clone()
 
@@ -87,4 +93,64 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be a whole checkpoint of lineara, got a file that torch cannot read") from error
     if not isinstance(content, dict) or RECIPE not in content:
         raise ValueError(f"{path} must be a checkpoint written by `lineara fit`, got one without a recipe inside")
+    if not _is_recipe(content[RECIPE]):
+        raise ValueError(
+            f"{path} must be a checkpoint with the recipe of its run inside, got one whose recipe cannot be read; name "
+            "another one, or begin a new run"
+        )
     return content
+
+
+def check_usable(path: Path, task: nn.Module, *, to_go_on: bool) -> None:
+    """Raise unless a checkpoint holds the weights of a task, and all else that a fit needs `to_go_on` from it."""
+    content = read_checkpoint(path)
+    complaint = _misfit(content.get("state_dict"), task.state_dict())
+    if complaint is None and to_go_on:
+        complaint = _gap(content)
+    if complaint is None and "loops" in content and not _tells_of_loops(content["loops"]):
+        complaint = "one whose loops are not those of a run"
+    if complaint is not None:
+        raise ValueError(
+            f"{path} must be a checkpoint that this run can {'go on from' if to_go_on else 'use'}, got {complaint}; "
+            "name another one by --ckpt_path, or begin a new run"
+        )
+
+
+def _is_recipe(text: Any) -> bool:
+    try:
+        recipe = yaml.safe_load(text) if isinstance(text, str) else None
+    except yaml.YAMLError:
+        return False
+    model = recipe.get("model") if isinstance(recipe, dict) else None
+    return isinstance(model, dict) and isinstance(model.get("init_args"), dict)
+
+
+def _misfit(theirs: Any, ours: dict[str, Any]) -> str | None:
+    if not isinstance(theirs, dict):
+        return "one without weights"
+    missing, foreign = (next((name for name in a if name not in b), None) for a, b in ((ours, theirs), (theirs, ours)))
+    if missing is not None:
+        return f"one without the weight {missing}"
+    if foreign is not None:
+        return f"one with the weight {foreign}, which the network has not"
+    for name, weight in ours.items():
+        if isinstance(weight, Tensor) and getattr(theirs[name], "shape", None) != weight.shape:
+            shape = tuple(getattr(theirs[name], "shape", ()))
+            return f"one whose weight {name} has the shape {shape}, not {tuple(weight.shape)}"
+    return None
+
+
+def _gap(content: dict[str, Any]) -> str | None:
+    missing = next((key for key in _TO_GO_ON if key not in content), None)
+    if missing is not None:
+        return f"one without {missing}"
+    state = content[_RANDOM_STATE]
+    size = len(torch.get_rng_state())
+    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.numel() == 0 or state.numel() % size:
+        return f"one whose {_RANDOM_STATE} is none of torch"
+    return None
+
+
+def _tells_of_loops(loops: Any) -> bool:
+    names = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
+    return isinstance(loops, dict) and all(isinstance(loops.get(name), dict) and loops[name] for name in names)

@@ -8,6 +8,7 @@ A run folder holds
     config.yaml                         the recipe of the last start, with every default filled in
 """
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,23 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
-from lineara.tasks.checkpoints import RECIPE, KeepRun, WholeCheckpoints, choose_checkpoint, read_checkpoint
+from lineara.tasks.checkpoints import (
+    RECIPE,
+    KeepRun,
+    WholeCheckpoints,
+    check_usable,
+    choose_checkpoint,
+    read_checkpoint,
+)
 from lineara.tasks.complaints import one_sentence
 from lineara.tasks.processes import Companions, started_by_another
 from lineara.tasks.run_folder import RoomForCheckpoints, own_folder
 from lineara.tasks.sharding import ShardedStrategy
 from lineara.tasks.stopping import StopInTime, Stopped
+
+_WHERE_TO_TRAIN = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 
 
 class TrainingCommand(LightningCLI):
@@ -103,7 +114,17 @@ class TrainingCommand(LightningCLI):
         kwargs["plugins"] = [*(self._get(self.config_init, "trainer").plugins or []), WholeCheckpoints()]
         if self._get(self.config_init, "trainer").strategy == "fsdp":
             kwargs.setdefault("strategy", ShardedStrategy())  # Lightning's own wants GPUs
-        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand is not None:
+            self._check_strategy()
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, RuntimeError) as error:
+            given = {name: self._get(self.config, "trainer")[name] for name in _WHERE_TO_TRAIN}
+            why = " ".join(str(error).split()).split(". ")[0].rstrip(".")
+            raise ValueError(
+                "the trainer's options must be ones that can be had here, got "
+                f"{', '.join(f'{name} {value}' for name, value in given.items())} ({why}); see `lineara fit --help`"
+            ) from error
         if self._get(self.config, "trainer").sync_batchnorm and trainer.strategy.root_device.type == "cpu":
             raise ValueError("sync_batchnorm must be false on CPUs, where torch has no such layer, got true")
         if self.subcommand is None:
@@ -115,6 +136,15 @@ class TrainingCommand(LightningCLI):
             callbacks += [KeepRun(self._recipe(self.subcommand)), last, RoomForCheckpoints()]
         callbacks += [self._companions, StopInTime(folder)]
         return trainer
+
+    def _check_strategy(self) -> None:
+        strategy = self._get(self.config_init, "trainer").strategy
+        known = isinstance(strategy, Strategy) or strategy in ("auto", *StrategyRegistry.available_strategies())
+        if not known or (isinstance(strategy, str) and re.search("spawn|fork|notebook", strategy)):
+            raise ValueError(
+                "strategy must be auto, ddp, fsdp or another that starts the command again for each process, or the "
+                f"class path of one that can be built here, got {strategy}; set --trainer.strategy ddp or fsdp"
+            )
 
     def fit(self, **arguments: Any) -> None:
         """What the subcommand `fit` runs: the trainer's fit, in a folder that is this run's alone."""
@@ -145,6 +175,8 @@ class TrainingCommand(LightningCLI):
         self._together("predict", arguments)
 
     def _together(self, name: str, arguments: dict[str, Any]) -> None:
+        if arguments.get("ckpt_path") is not None:
+            check_usable(Path(arguments["ckpt_path"]), self.model, to_go_on=name == "fit")
         with self._companions.watched(self.trainer):
             getattr(self.trainer, name)(**arguments)
 
@@ -160,6 +192,7 @@ def load_run(checkpoint: Path | str) -> tuple[LightningModule, LightningDataModu
     """The trained task in evaluation mode, and the data of the recipe that the checkpoint carries."""
     content = read_checkpoint(Path(checkpoint))
     command = TrainingCommand(yaml.safe_load(content[RECIPE]), run=False)
+    check_usable(Path(checkpoint), command.model, to_go_on=False)
     command.model.load_state_dict(content["state_dict"])
     return command.model.eval(), command.datamodule
 

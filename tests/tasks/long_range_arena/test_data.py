@@ -301,7 +301,8 @@ def test_a_resumed_fit_must_have_the_steps_that_it_was_begun_with(batch_size, pr
     state = begun.state_dict()
     assert state == {"batches_done": 5, "examples_per_step": 10}
     other.trainer = trainer("fit", processes)
-    sentence = rf"^a resumed run must keep its examples per step, got {batch_size * processes} .* begun with 10; set the"
+    got = batch_size * processes
+    sentence = rf"^a resumed run must keep its examples per step, got {got} .* it was begun with 10; set the batch size"
     with pytest.raises(ValueError, match=sentence):
         other.load_state_dict(state)
     other.trainer = trainer("test", processes)  # which takes no steps

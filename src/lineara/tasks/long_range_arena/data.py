@@ -174,8 +174,8 @@ class SequenceData(LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn == "fit" and ours != begun:
             raise ValueError(
                 f"a resumed run must keep its examples per step, got {ours} (batch_size {self.batch_size} on "
-                f"{shares(self.trainer)[0]} processes) but it was begun with {begun}; set the batch size and the number "
-                "of processes as they were, or begin a new run"
+                f"{shares(self.trainer)[0]} processes) but it was begun with {begun}; set the batch size and the "
+                "number of processes as they were, or begin a new run"
             )
         self._batches_done = state_dict["batches_done"]
 
