@@ -1,6 +1,7 @@
 """Runs of several processes, as the command line starts them: stopped, resumed, and with one of them killed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lineara.tasks.processes import Companions, _sentence
+from lineara.tasks.processes import Companions, Word, _sentence
 
 
 def complaints(done):
@@ -24,19 +25,25 @@ def test_two_processes_stop_for_a_signal_to_one_and_go_on_as_if_there_had_been_n
         tmp_path,
         [
             f"fit --config {tiny_recipe} --trainer.strategy ddp --run_dir {end}"
-            for end in ("whole", "cut", "cut --ckpt_path last", "last")
+            for end in ("whole", "cut", "cut --ckpt_path last", "none --model.warmup_steps 99", "last")
         ],
         where=[["cut", 1, 2], ["last", 0, 1]],  # the second process in one run, the first in the other
     )
     assert done.returncode == 143, done.stderr
     # Of the second process the status is 0: it must not seem to fail, for the first one has the status of the run.
-    assert json.loads((tmp_path / "statuses0").read_text()) == [0, 143, 0]
-    assert json.loads((tmp_path / "statuses1").read_text()) == [0, 0, 0]
-    assert complaints(done) == [
+    assert json.loads((tmp_path / "statuses0").read_text()) == [0, 143, 0, 2]
+    assert json.loads((tmp_path / "statuses1").read_text()) == [0, 0, 0, 2]
+    stopped = [
         f"lineara: stopped by SIGTERM after step {step}, which {name}/checkpoints/last.ckpt holds; go on with the same "
         "command and --ckpt_path last"
         for step, name in ((3, "cut"), (2, "last"))
     ]
+    refused = (
+        "lineara: error: warmup_steps must lie between 1 and the run's 23 steps, got 99; set "
+        "--model.init_args.warmup_steps or --trainer.max_steps"
+    )
+    assert complaints(done) == [stopped[0], refused, stopped[1]]  # which both processes found, and one says
+    assert "weights_only" not in done.stderr
     whole, cut = (torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("whole", "cut"))
     assert whole["global_step"] == cut["global_step"]
     for name, weight in whole["state_dict"].items():
@@ -113,10 +120,61 @@ def test_an_error_of_another_kind_stays_as_it_is():
     with pytest.raises(RuntimeError, match=r"^shapes do not match$"), Companions().watched(Alone):
         raise RuntimeError("shapes do not match")
     with (
-        pytest.raises(ChildProcessError, match=r"no longer reaches \(gloo: Connection closed"),
+        pytest.raises(ChildProcessError, match=r"^[^(]* got one that process 0 no longer reaches; look"),
         Companions().watched(Alone),
     ):
         raise RuntimeError("gloo: Connection closed by peer")
+
+
+def words_of_two_processes(tmp_path, monkeypatch, others):
+    """Of a first process, this one, and of another, each in the same command."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(Word, "_commands", {})
+    monkeypatch.setattr("lineara.tasks.processes._SECONDS_FOR_THE_FIRST", 0.1)
+    first = Word(os.getpid())
+    Word._commands.clear()
+    monkeypatch.setattr("lineara.tasks.processes.os", others)
+    return first, Word(first.first)
+
+
+class Other:
+    """What the module os says to a process that this one has started."""
+
+    getuid = os.getuid
+    getpid = staticmethod(lambda: 7)
+    getppid = staticmethod(os.getpid)
+
+
+def test_one_of_two_processes_speaks_and_the_first_one_before_the_other(tmp_path, monkeypatch):
+    first, other = words_of_two_processes(tmp_path, monkeypatch, Other)
+    assert not first.is_taken()
+    assert first.take()
+    assert first.take()
+    assert not first.is_taken()
+    assert other.is_taken()
+    assert not other.take()
+    assert len(list(tmp_path.glob("*/*"))) == 1
+    assert Word(None).take()
+
+
+def test_another_process_speaks_where_the_first_one_does_not(tmp_path, monkeypatch):
+    first, other = words_of_two_processes(tmp_path, monkeypatch, Other)
+    assert other.take()
+    assert not first.take()
+    monkeypatch.setattr(Other, "getppid", staticmethod(lambda: 1))
+    assert other.first_is_gone()
+
+
+def test_who_loses_another_process_is_silent_where_that_one_speaks(tmp_path, monkeypatch):
+    first, other = words_of_two_processes(tmp_path, monkeypatch, Other)
+    first.take()
+    companions = Companions()
+    trainer = SimpleNamespace(world_size=2, global_rank=1, strategy=SimpleNamespace(launcher=None))
+    monkeypatch.setattr(companions, "_begin", lambda trainer: setattr(companions, "_word", other))
+    with pytest.raises(SystemExit, match="2"), companions.watched(trainer):
+        raise RuntimeError("gloo: Connection closed by peer")
+    with pytest.raises(SystemExit, match="2"), companions.watched(trainer):
+        raise ValueError("what both found")
 
 
 def test_how_a_process_ended_is_said():
