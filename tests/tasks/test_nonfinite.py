@@ -1,5 +1,7 @@
 """The search for what was not finite first; `test_stopping.py` has it in whole runs."""
 
+import math
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lineara.tasks.nonfinite import find_cause, first_nonfinite, random_state
+from lineara.tasks.nonfinite import find_cause, first_nonfinite, last_good, random_state
 
 
 class Task(LightningModule):
@@ -84,3 +86,23 @@ def test_the_first_name_is_given():
     good, bad = torch.ones(3), torch.tensor([1.0, float("inf")])
     assert first_nonfinite(iter([("a", good), ("b", bad), ("c", bad)])) == "b"
     assert first_nonfinite(iter([("a", good), ("n", torch.ones(3, dtype=torch.int64))])) is None
+
+
+def test_the_newest_checkpoint_that_is_finite_is_the_last_good_one(tmp_path):
+    def checkpoint(name, time, weight, moment=0.0, other=math.inf):
+        content = {"state_dict": {"weight": torch.tensor(weight), "other": torch.tensor(other)}}
+        torch.save(content | {"optimizer_states": [{"state": {0: {"exp_avg": torch.tensor(moment)}}}]}, tmp_path / name)
+        os.utime(tmp_path / name, (time, time))
+
+    found = [last_good(tmp_path, "weight".__eq__)]
+    checkpoint("best.ckpt", 3, 1.0)
+    found.append(last_good(tmp_path, "weight".__eq__))
+    checkpoint("last.ckpt", 5, math.nan)
+    (tmp_path / "damaged.ckpt").write_bytes(b"half")
+    checkpoint(".last-hidden.ckpt", 7, 1.0)
+    found.append(last_good(tmp_path, "weight".__eq__))
+    checkpoint("last.ckpt", 5, 1.0, moment=math.inf)
+    found.append(last_good(tmp_path, "weight".__eq__))
+    checkpoint("last.ckpt", 5, 1.0)
+    found.append(last_good(tmp_path, "weight".__eq__))
+    assert [path and path.name for path in found] == [None, "best.ckpt", "best.ckpt", "best.ckpt", "last.ckpt"]

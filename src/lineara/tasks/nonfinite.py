@@ -4,8 +4,9 @@ The search runs the batch once more with a hook on every layer. It happens after
 before it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,24 @@ def find_cause(trainer: Trainer, task: LightningModule, batch: Any, batch_index:
 def first_nonfinite(named: Iterator[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor that holds something not finite; of a sharded one, this process's part counts."""
     return next((name for name, tensor in named if not _finite(tensor)), None)
+
+
+def last_good(folder: Path, counted: Callable[[str], bool]) -> Path | None:
+    """The newest checkpoint of a folder that holds nothing which is not finite, or None.
+
+    Args:
+        folder: of the checkpoints.
+        counted: whether a tensor of that name must be finite; the optimisers' memory must be in any case.
+    """
+    for path in sorted(folder.glob("[!.]*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            weights = [weight for name, weight in content["state_dict"].items() if counted(name)]
+            if _finite(weights) and _finite([one["state"] for one in content["optimizer_states"]]):
+                return path
+        except Exception:  # whatever is wrong with it: it is no good one
+            continue
+    return None
 
 
 def _first_weight(trainer: Trainer, task: LightningModule) -> str | None:

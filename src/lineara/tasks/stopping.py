@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lineara.tasks.nonfinite import RandomState, find_cause, first_nonfinite, random_state
+from lineara.tasks.nonfinite import RandomState, find_cause, first_nonfinite, last_good, random_state
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _GO_ON = "go on with the same command and --ckpt_path last"
@@ -97,7 +97,7 @@ class StopInTime(Callback):
         raise ValueError(
             f"the loss must be finite, got one that is not in step {trainer.global_step} on "
             f"{found or 'a batch with which it did not come again'}; lower the learning rate or clip gradients by "
-            f"--trainer.gradient_clip_val, or look at this batch; the last good checkpoint is {_kept(self._last)}"
+            f"--trainer.gradient_clip_val, or look at this batch; the last good checkpoint is {self._kept(pl_module)}"
         )
 
     def on_train_batch_end(
@@ -139,19 +139,23 @@ class StopInTime(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep weights that are not finite from taking the place of good ones."""
         weights = checkpoint["state_dict"]
-        counted = {name for name, _ in pl_module.named_parameters()}
-        name = first_nonfinite((key, weights[key]) for key in weights if key in counted or ".running_" in key)
+        counted = _counted(pl_module)
+        name = first_nonfinite((key, weights[key]) for key in weights if counted(key))
         if name is not None:
             raise ValueError(
                 f"the weights must be finite, got {name} that is not after step {trainer.global_step}; lower the "
                 "learning rate or clip gradients by --trainer.gradient_clip_val; the last good checkpoint is "
-                f"{_kept(self._last)}"
+                f"{self._kept(pl_module)}"
             )
         if self._validation_is_cut:
             _begin_validation_anew(checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"])
 
+    def _kept(self, task: LightningModule) -> str:
+        # Not `last.ckpt` unseen: the run may have gone on from one that was bad already.
+        return str(last_good(self._last.parent, _counted(task)) or "none yet")
+
     def _stop(self, trainer: Trainer, number: int) -> None:
-        trainer.save_checkpoint(self._last)
+        trainer.save_checkpoint(self._last, weights_only=False)
         if trainer.is_global_zero:
             name = signal.Signals(number).name
             print(
@@ -200,8 +204,10 @@ def _described(task: LightningModule, batch: Any, index: int) -> str:
     return f"batch {index} of the epoch" + (f" ({', '.join(map(str, names))})" if names else "")
 
 
-def _kept(path: Path) -> str:
-    return str(path) if path.exists() else "none yet"
+def _counted(task: LightningModule) -> Callable[[str], bool]:
+    """Whether a tensor of a checkpoint must be finite: weights, and what batch normalisation has seen."""
+    weights = {name for name, _ in task.named_parameters()}
+    return lambda name: name in weights or ".running_" in name
 
 
 def _is_done(trainer: Trainer) -> bool:
