@@ -381,3 +381,10 @@ def test_attention_that_needs_every_key_is_not_shared_and_nothing_is_changed(oth
 
 def test_sharing_adds_nothing_to_the_state_dict():
     assert set(make().shard_positions(None).state_dict()) == set(make().state_dict())
+
+
+@pytest.mark.parametrize(("num_sequences", "shape"), [(1, (3, 0)), (2, (3, 2, 0))])
+def test_sequences_without_positions_are_refused(num_sequences, shape):
+    model = SequenceClassifier(7, 3, 11, attention=lambda dim: EfficientAttention(dim, 1), num_sequences=num_sequences)
+    with pytest.raises(ValueError, match=r"^tokens must have at least 1 position, got .*; pad an empty sequence with"):
+        model(torch.zeros(shape, dtype=torch.int64))

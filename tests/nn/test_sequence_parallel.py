@@ -115,3 +115,8 @@ def test_a_module_without_attention_is_refused():
 def test_a_wrong_group_is_refused():
     with pytest.raises(ValueError, match=r"group must be None until torch\.distributed is initialized"):
         shard_positions(EfficientAttention(8), object())
+
+
+def test_what_is_no_module_is_refused_in_one_sentence():
+    with pytest.raises(TypeError, match=r"^module must be a torch\.nn\.Module, got int; pass a network or a layer$"):
+        shard_positions(3, None)

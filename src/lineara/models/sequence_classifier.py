@@ -134,7 +134,7 @@ class SequenceClassifier(nn.Module):
             Logits (batch, num_classes).
 
         Raises:
-            ValueError: for tokens or a mask of another shape, or sequences longer than max_len.
+            ValueError: for tokens or a mask of another shape, no positions, or sequences longer than max_len.
         """
         pairs = self.num_sequences == 2
         if tokens.dim() != 2 + pairs or tokens.shape[-1] > self.max_len or (pairs and tokens.shape[1] != 2):
@@ -142,6 +142,11 @@ class SequenceClassifier(nn.Module):
             raise ValueError(
                 f"tokens must have the shape {shape} with at most max_len={self.max_len} positions, "
                 f"got {tuple(tokens.shape)}"
+            )
+        if tokens.shape[-1] == 0:
+            raise ValueError(
+                f"tokens must have at least 1 position, got {tuple(tokens.shape)}; pad an empty sequence with a 0, and "
+                "mask it"
             )
         if mask is not None and mask.shape != tokens.shape:
             raise ValueError(f"mask must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(mask.shape)}")

@@ -38,12 +38,14 @@ def shard_positions(module: Module, group: "Group") -> Module:
     Raises:
         ValueError: for a module without such a layer or with softmax attention, whose cost and traffic are those of all
             positions, or a group that this rank cannot talk to. Nothing is changed then.
-        TypeError: for a group that is none.
+        TypeError: for a module or a group that is none.
 
     Cost: none here; in every call the messages of the operation, whatever the number of positions.
 
     Source: ours; see docs/sequence_parallel.md.
     """
+    if not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}; pass a network or a layer")
     name_of_group(group)
     for name, layer in module.named_modules():  # pyright: ignore[reportUnknownVariableType] - torch types it in part
         if isinstance(layer, _EVERY_KEY):
