@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from lineara.cli import _users_mistake
 from lineara.nn import SoftmaxAttention
-from lineara.tasks.checkpoints import WholeCheckpoints
+from lineara.tasks.checkpoints import WholeCheckpoints, check_usable
 from lineara.tasks.long_range_arena import SequenceClassification
 from lineara.tasks.run_folder import locked_folder
 from lineara.tasks.training import TrainingCommand, begin_run, load_run
@@ -571,22 +571,37 @@ RECIPES = [with_a_recipe_that_is_no_yaml, with_a_recipe_without_a_model]
 REST = [without_random_state, with_a_random_state_of_another_kind, without_loops]
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-@pytest.mark.parametrize("spoil", UNFIT + RECIPES + REST, ids=lambda spoil: spoil.__name__)
+@pytest.fixture(scope="module")
+def task(finished):
+    return load_run(finished.run_dir / "checkpoints/best.ckpt")[0]
+
+
+@pytest.mark.parametrize("spoil", UNFIT + REST, ids=lambda spoil: spoil.__name__)
+def test_a_checkpoint_that_lacks_something_is_refused_in_one_sentence(finished, task, tmp_path, spoil):
+    path = tmp_path / "given.ckpt"
+    content = read(finished.run_dir / "checkpoints/last.ckpt")
+    sentence = spoil(content)
+    torch.save(content, path)
+    for to_go_on in (True, False):
+        if not to_go_on and spoil in REST:  # which only a run that goes on needs
+            check_usable(path, task, to_go_on=to_go_on)
+            continue
+        with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+            check_usable(path, task, to_go_on=to_go_on)
+        assert str(error.value).startswith(f"{path} must be a checkpoint ")
+        assert f"got {sentence}; name another one" in str(error.value)
+
+
+@pytest.mark.parametrize("spoil", [without_a_weight, *RECIPES], ids=lambda spoil: spoil.__name__)
 @pytest.mark.parametrize("use", ["fit", "test", "load_run"])
-def test_a_checkpoint_that_lacks_something_is_refused_in_one_sentence(finished, recipe, tmp_path, spoil, use):
+def test_whoever_reads_a_checkpoint_that_lacks_something_refuses_it(finished, recipe, tmp_path, use, spoil):
     path, run_dir = tmp_path / "given.ckpt", tmp_path / "run"
     content = read(finished.run_dir / "checkpoints/last.ckpt")
     sentence = spoil(content)
     torch.save(content, path)
     command = load_run if use == "load_run" else partial(run, use, recipe, run_dir, "--ckpt_path")
-    if use != "fit" and spoil in REST:  # which only a run that goes on needs
+    with pytest.raises(ValueError, match=sentence):
         command(str(path))
-        return
-    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
-        command(str(path))
-    assert str(error.value).startswith(f"{path} must be a checkpoint ")
-    assert f"got {sentence}; name another one" in str(error.value)
     assert not (run_dir / "checkpoints").exists()
 
 

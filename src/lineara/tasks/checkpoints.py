@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -93,11 +92,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be a whole checkpoint of lineara, got a file that torch cannot read") from error
     if not isinstance(content, dict) or RECIPE not in content:
         raise ValueError(f"{path} must be a checkpoint written by `lineara fit`, got one without a recipe inside")
-    if not _is_recipe(content[RECIPE]):
-        raise ValueError(
-            f"{path} must be a checkpoint with the recipe of its run inside, got one whose recipe cannot be read; name "
-            "another one, or begin a new run"
-        )
     return content
 
 
@@ -114,15 +108,6 @@ def check_usable(path: Path, task: nn.Module, *, to_go_on: bool) -> None:
             f"{path} must be a checkpoint that this run can {'go on from' if to_go_on else 'use'}, got {complaint}; "
             "name another one by --ckpt_path, or begin a new run"
         )
-
-
-def _is_recipe(text: Any) -> bool:
-    try:
-        recipe = yaml.safe_load(text) if isinstance(text, str) else None
-    except yaml.YAMLError:
-        return False
-    model = recipe.get("model") if isinstance(recipe, dict) else None
-    return isinstance(model, dict) and isinstance(model.get("init_args"), dict)
 
 
 def _misfit(theirs: Any, ours: dict[str, Any]) -> str | None:

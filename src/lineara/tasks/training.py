@@ -191,7 +191,7 @@ class TrainingCommand(LightningCLI):
 def load_run(checkpoint: Path | str) -> tuple[LightningModule, LightningDataModule]:
     """The trained task in evaluation mode, and the data of the recipe that the checkpoint carries."""
     content = read_checkpoint(Path(checkpoint))
-    command = TrainingCommand(yaml.safe_load(content[RECIPE]), run=False)
+    command = TrainingCommand(_recipe_inside(Path(checkpoint), content), run=False)
     check_usable(Path(checkpoint), command.model, to_go_on=False)
     command.model.load_state_dict(content["state_dict"])
     return command.model.eval(), command.datamodule
@@ -209,8 +209,8 @@ def begin_run(recipe: Path | str) -> tuple[LightningModule, LightningDataModule]
 def _check_network(recipe: str, checkpoint: Path) -> None:
     """Raise unless the recipe's network is the checkpoint's: attention layers of different kinds share weight names."""
     ours, theirs = (
-        flat_settings(yaml.safe_load(text)["model"]["init_args"].get("network"))
-        for text in (recipe, read_checkpoint(checkpoint)[RECIPE])
+        flat_settings(settings["model"]["init_args"].get("network"))
+        for settings in (yaml.safe_load(recipe), _recipe_inside(checkpoint, read_checkpoint(checkpoint)))
     )
     different = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
     if different:
@@ -219,6 +219,21 @@ def _check_network(recipe: str, checkpoint: Path) -> None:
             f"the recipe must describe the network of {checkpoint}, got network{key} {ours.get(key)!r} but the "
             f"checkpoint has {theirs.get(key)!r} ({len(different)} differences); use the config.yaml of its run"
         )
+
+
+def _recipe_inside(checkpoint: Path, content: dict[str, Any]) -> dict[str, Any]:
+    text = content[RECIPE]
+    try:
+        recipe: Any = yaml.safe_load(text) if isinstance(text, str) else None
+    except yaml.YAMLError:
+        recipe = None
+    model = recipe.get("model") if isinstance(recipe, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("init_args"), dict):
+        raise ValueError(
+            f"{checkpoint} must be a checkpoint with the recipe of its run inside, got one whose recipe cannot be "
+            "read; name another one, or begin a new run"
+        )
+    return recipe
 
 
 def flat_settings(settings: Any, key: str = "") -> dict[str, Any]:
