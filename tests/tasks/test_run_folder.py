@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lineara.tasks.long_range_arena import SequenceClassification
-from lineara.tasks.run_folder import checkpoint_bytes, own_folder
+from lineara.tasks.run_folder import checkpoint_bytes, locked_folder, own_folder
 from lineara.tasks.training import TrainingCommand
 
 pytestmark = [
@@ -105,3 +105,13 @@ def test_the_estimate_is_what_tensors_take(optimizer, options, kept):
         m for state in optimizer.state.values() for m in state.values() if isinstance(m, torch.Tensor) and m.dim()
     ]
     assert sum(4 * moment.numel() for moment in moments) == weights * kept
+
+
+def test_processes_that_load_data_do_not_hold_the_folder(tmp_path, monkeypatch):
+    in_a_child = []
+    monkeypatch.setattr("os.register_at_fork", lambda after_in_child: in_a_child.append(after_in_child))
+    with locked_folder(tmp_path):
+        [let_go] = in_a_child
+        let_go()  # a child has a copy of the lock, here it is the lock itself
+        with locked_folder(tmp_path):
+            pass

@@ -67,9 +67,10 @@ class Companions(Callback):
         first = os.environ.get(_FIRST)
         if first != str(os.getppid()) and hasattr(trainer.strategy.launcher, "procs"):
             first = os.environ[_FIRST] = str(os.getpid())  # before the others are started
-        self._word = Word(int(first) if first in (str(os.getpid()), str(os.getppid())) else None)
+        ours = first if first in (str(os.getpid()), str(os.getppid())) else None
+        self._word = Word(None if ours is None else int(ours))
         if first == str(os.getppid()):
-            _in_the_background(self._watch_first, int(first))
+            _in_the_background(self._watch_first, os.getppid())
         elif hasattr(trainer.strategy.launcher, "procs"):
             _in_the_background(self._watch_others, trainer)
 

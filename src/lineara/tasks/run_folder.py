@@ -1,6 +1,7 @@
 """The folder of a run: one process's alone, and with room for what the run will write."""
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -43,6 +44,8 @@ def locked_folder(run_dir: Path) -> Iterator[None]:
                 f"run_dir must be a folder that no other `lineara fit` is writing to, got {run_dir}; wait for it, "
                 "or name another folder by --run_dir"
             ) from error
+        # Processes that load data would hold the folder after a kill of this one, until they notice it.
+        os.register_at_fork(after_in_child=lock.close)
         for leftover in (run_dir / "checkpoints").glob(".*.ckpt"):  # of a run that was killed while it wrote
             leftover.unlink()
         _try_to_write(lock)
