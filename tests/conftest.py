@@ -17,3 +17,16 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def _alone():
+    """No test finds itself a process of a run that another one has started: Lightning leaves word in the environment."""
+    _forget_runs()
+    yield
+    _forget_runs()
+
+
+def _forget_runs():
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "LINEARA_FIRST_PROCESS"):
+        os.environ.pop(name, None)
