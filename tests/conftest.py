@@ -21,7 +21,7 @@ def interruptible():
 
 @pytest.fixture(autouse=True)
 def _alone():
-    """No test finds itself a process of a run that another one has started: Lightning leaves word in the environment."""
+    """No test finds itself in a run that another one has started: Lightning leaves word in the environment."""
     _forget_runs()
     yield
     _forget_runs()
