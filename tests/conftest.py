@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,28 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def started_ranks(tmp_path_factory):
+    """Run a script once per rank, as `script RANK NUMBER_OF_RANKS FOLDER`, and load the RANK.pt that each leaves."""
+
+    def start(script: str | Path, num_ranks: int) -> list:
+        folder = tmp_path_factory.mktemp("ranks")
+        words = [sys.executable, "-W", "error", str(script)]
+        ranks = [
+            subprocess.Popen([*words, str(rank), str(num_ranks), str(folder)], stderr=subprocess.PIPE, text=True)
+            for rank in range(num_ranks)
+        ]
+        try:
+            said = [rank.communicate(timeout=120)[1] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)
+        return [torch.load(folder / f"{rank}.pt") for rank in range(num_ranks)]
+
+    return start
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """The encoder that Long Range Arena compares attention mechanisms in."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -293,20 +292,9 @@ def test_a_wrong_mask_is_refused():
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
+def given(started_ranks):
     """What each of the two ranks found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    words = [sys.executable, "-W", "error", sharded_classifiers.__file__]
-    ranks = [
-        subprocess.Popen([*words, str(rank), "2", str(folder)], stderr=subprocess.PIPE, text=True) for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return started_ranks(sharded_classifiers.__file__, 2)
 
 
 def assert_equal(name, ranks):

@@ -1,7 +1,6 @@
 """Layers on two processes that hold parts of the positions give what one process gives."""
 
 import copy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,20 +23,9 @@ sys.path.pop(0)
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
+def given(started_ranks):
     """What each of the two ranks found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    words = [sys.executable, "-W", "error", sharded_layers.__file__]
-    ranks = [
-        subprocess.Popen([*words, str(rank), "2", str(folder)], stderr=subprocess.PIPE, text=True) for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return started_ranks(sharded_layers.__file__, 2)
 
 
 def assert_equal(name, shards):

@@ -2,9 +2,8 @@
 
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,26 +25,9 @@ RANKS = (1, 2, 4)
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory):
+def given(started_ranks):
     """By the number of ranks, what each of them found."""
-
-    @cache
-    def start(num_ranks: int) -> list[dict[str, Any]]:
-        folder = tmp_path_factory.mktemp(f"ranks{num_ranks}")
-        words = [sys.executable, "-W", "error", calls.__file__]
-        ranks = [
-            subprocess.Popen([*words, str(rank), str(num_ranks), str(folder)], stderr=subprocess.PIPE, text=True)
-            for rank in range(num_ranks)
-        ]
-        try:
-            said = [rank.communicate(timeout=120)[1] for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-        assert all(rank.returncode == 0 for rank in ranks), "\n".join(said)
-        return [torch.load(folder / f"{rank}.pt") for rank in range(num_ranks)]
-
-    return start
+    return cache(partial(started_ranks, calls.__file__))
 
 
 @cache

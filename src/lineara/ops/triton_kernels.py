@@ -303,7 +303,7 @@ def _summarize_backward_kernel(
     grad_value_item, grad_value_head, grad_value_position, grad_value_channel,
     mask_item, mask_position,
     K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILES_K: tl.constexpr, TILES_V: tl.constexpr, FEATURES: tl.constexpr, HAS_MASK: tl.constexpr,
+    TILES_V: tl.constexpr, FEATURES: tl.constexpr, HAS_MASK: tl.constexpr,
     PACKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """With E = phi(K) (softmax: exp(K - m)): dV = E dS and dK = phi'(K) * (V dS^T + ds), spread over the windows."""
@@ -371,7 +371,7 @@ def _attend_kernel(
     query_item, query_head, query_position, query_channel, gate_item, gate_head, gate_position,
     output_item, output_head, output_position, output_channel,
     K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILES_K: tl.constexpr, TILES_V: tl.constexpr, FEATURES: tl.constexpr, HAS_GATE: tl.constexpr,
+    TILES_V: tl.constexpr, FEATURES: tl.constexpr, HAS_GATE: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """gate * (phi(Q) C) / (phi(Q) . z); the denominator of softmax is that of each query's own softmax."""
@@ -410,7 +410,7 @@ def _attend_backward_kernel(
     grad_query_item, grad_query_head, grad_query_position, grad_query_channel,
     grad_gate_item, grad_gate_head, grad_gate_position,
     K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILES_K: tl.constexpr, TILES_V: tl.constexpr, FEATURES: tl.constexpr, HAS_GATE: tl.constexpr,
+    TILES_V: tl.constexpr, FEATURES: tl.constexpr, HAS_GATE: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     OF_QUERY: tl.constexpr, OF_CONTEXT: tl.constexpr,
 ):  # fmt: skip
@@ -556,6 +556,7 @@ def summarize(
         HAS_MASK=key_mask is not None,
         PACKED=cu_seqlens is not None,
         WINDOWED=window > 1,
+        TILES_K=tiles.num_k,
         DIVIDE=divide and splits == 1,
     )
     if splits > 1:
@@ -720,7 +721,7 @@ def _launch(
         options |= {"BLOCK_P": tiles.n, "MOST_SPLITS": MOST_SPLITS}
     else:
         options |= {"BLOCK_N": tiles.n, "STAGES": tiles.stages, "PRECISION": _precision(tensors[0])}
-        options |= {"BLOCK_K": tiles.k, "TILES_K": tiles.num_k, "TILES_V": tiles.num_v}
+        options |= {"BLOCK_K": tiles.k, "TILES_V": tiles.num_v}
     options |= {"K": tiles.key_dim, "V": tiles.value_dim, "BLOCK_V": tiles.v}
     with torch.cuda.device_of(tensors[0]):
         kernel[(programs,)](*tensors, *numbers, **options, num_warps=tiles.warps)
