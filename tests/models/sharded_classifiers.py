@@ -113,7 +113,7 @@ def balanced(network: nn.Module, parts: list[slice] | None = None) -> dict[str, 
 def _term(logits: Tensor, mask: Tensor) -> Tensor:
     """Heads times the sum over heads of share of the top 2 choices x mean probability, of (batch, positions, heads)."""
     probability = logits[mask].softmax(dim=1)  # (valid, heads)
-    load = torch.bincount(probability.topk(2, dim=1).indices.flatten(), minlength=3) / (2 * len(probability))
+    load = torch.bincount(probability.topk(2, dim=1).indices.flatten(), minlength=3).double() / (2 * len(probability))
     return 3 * (load * probability.mean(dim=0)).sum()
 
 

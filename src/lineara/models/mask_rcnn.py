@@ -2,11 +2,12 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 from torch import nn
 
 from lineara.models.resnet import STAGES, choose_places, insert_into_stages, plain_resnet, torchvision_models
+from lineara.nn.checks import check_attention_maker, integer, made_by
 
 LEVELS = ("fpn1", "fpn2", "fpn3", "fpn4", "fpn5")
 # Modules by number. The paper says 1, 5 and 7, and "res3-4 + FPN1-5"; what 1 and 5 are is inferred.
@@ -77,8 +78,12 @@ def mask_rcnn(
     Example:
         >>> network = mask_rcnn(attention=lambda dim: EfficientAttention2d(dim, key_dim=64, zero_init=True))
     """
+    check_attention_maker(attention)
     _check(version, trainable_stages, anchor_sizes)
-    min_sizes = (min_size,) if isinstance(min_size, int) else tuple(min_size)
+    min_sizes = (integer("min_size", min_size, least=None),) if isinstance(min_size, SupportsIndex) else tuple(min_size)
+    num_classes, max_size = (
+        integer(name, number, least=None) for name, number in (("num_classes", num_classes), ("max_size", max_size))
+    )
     _check_numbers(num_classes, min_sizes, max_size, anchor_sizes)
     chosen = choose_places(places, _PLACES, (*STAGES, *LEVELS))
     norm_layer = _normalization(batch_norm, batch_norm_eps)
@@ -116,7 +121,7 @@ def feature_pyramid(
     body = plain_resnet(backbone, norm_layer=norm_layer)
     _freeze(body, trainable_stages)
     insert_into_stages(body, attention, [place for place in places if place in STAGES])
-    levels = {} if attention is None else {place: attention(256) for place in places if place in LEVELS}
+    levels = {} if attention is None else {place: made_by(attention, 256) for place in places if place in LEVELS}
     return backbone_with_pyramid(
         body, AttentivePyramid(LEVELS, levels), norm_layer=norm_layer if norm_in_pyramid else None
     )

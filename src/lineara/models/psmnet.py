@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
-from lineara.models.psmnet_parts import Hourglass, block2d, block3d, residual_blocks
+from lineara.models.psmnet_parts import Convolution2d, Convolution3d, Hourglass, block2d, block3d, residual_blocks
+from lineara.nn.checks import check_attention_maker, integer, made_by
 
 PLACES = ("entry", "volume", "hourglass1", "hourglass2", "hourglass3")
 # The features are a quarter of the input, and the hourglasses a quarter of those.
@@ -58,21 +59,21 @@ class PSMNet(nn.Module):
         num_blocks: Sequence[int] = (3, 16, 3, 3),
     ) -> None:
         super().__init__()
-        _check(max_disparity, places, channels, num_blocks)
-        self.max_disparity = max_disparity
+        check_attention_maker(attention)
+        self.max_disparity = integer("max_disparity", max_disparity)
+        channels = integer("channels", channels)
+        _check(places, num_blocks)
         self.features = FeaturePyramid(channels, num_blocks)
         self.entry = nn.Sequential(*block3d(2 * channels, channels), nn.ReLU(), *block3d(channels, channels), nn.ReLU())
         self.residual = nn.Sequential(*block3d(channels, channels), nn.ReLU(), *block3d(channels, channels))
         self.hourglasses = nn.ModuleList(Hourglass(channels) for _ in range(_NUM_HOURGLASSES))
         self.heads = nn.ModuleList(
-            nn.Sequential(*block3d(channels, channels), nn.ReLU(), nn.Conv3d(channels, 1, 3, padding=1, bias=False))
+            nn.Sequential(*block3d(channels, channels), nn.ReLU(), Convolution3d(channels, 1, 3, padding=1, bias=False))
             for _ in range(_NUM_HOURGLASSES)
         )
-        self.apply(_initialise)
-        # After that, since a module may start at zero.
         self.attention = nn.ModuleDict()
         if attention is not None:
-            self.attention.update({place: attention(channels) for place in PLACES if place in places})
+            self.attention.update({place: made_by(attention, channels) for place in PLACES if place in places})
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Disparities of the left view: a point at column x there is at x - disparity in the right view.
@@ -151,7 +152,7 @@ class FeaturePyramid(nn.Module):
             residual_blocks(2 * c, 4 * c, num_blocks[2]), residual_blocks(4 * c, 4 * c, num_blocks[3], dilation=2)
         )
         self.branches = nn.ModuleList(nn.Sequential(*block2d(4 * c, c, kernel=1), nn.ReLU()) for _ in self._WINDOWS)
-        self.fusion = nn.Sequential(*block2d(10 * c, 4 * c), nn.ReLU(), nn.Conv2d(4 * c, c, 1, bias=False))
+        self.fusion = nn.Sequential(*block2d(10 * c, 4 * c), nn.ReLU(), Convolution2d(4 * c, c, 1, bias=False))
 
     def check_normalisable(self, batch: int, height: int, width: int) -> None:
         """Refuse a single image of training that the largest window covers: one value has no deviation."""
@@ -200,17 +201,8 @@ def expected_disparity(scores: Tensor) -> Tensor:
     return (scores.softmax(dim=1) * disparities[:, None, None]).sum(dim=1)
 
 
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Conv3d):
-        nn.init.normal_(module.weight, std=math.sqrt(2 / (math.prod(module.kernel_size) * module.out_channels)))
-
-
-def _check(max_disparity: int, places: Sequence[str], channels: int, num_blocks: Sequence[int]) -> None:
-    if max_disparity < 1:
-        raise ValueError(f"max_disparity must be at least 1, got {max_disparity}")
+def _check(places: Sequence[str], num_blocks: Sequence[int]) -> None:
     if isinstance(places, str) or len(set(places)) < len(places) or not set(places) <= set(PLACES):
         raise ValueError(f"places must be a list of some of {', '.join(PLACES)}, each once, got {places!r}")
-    if channels < 1:
-        raise ValueError(f"channels must be at least 1, got {channels}")
     if len(num_blocks) != 4 or min(num_blocks) < 1:
         raise ValueError(f"num_blocks must be 4 numbers of at least 1, got {tuple(num_blocks)}")

@@ -1,7 +1,28 @@
 """The parts that PSMNet is made of: convolutions with normalisation, residual blocks, an hourglass of the volume."""
 
+import math
+
 from torch import Tensor, nn
 from torch.nn.functional import relu
+
+
+class Convolution2d(nn.Conv2d):
+    """With the initial values of the published network."""
+
+    def reset_parameters(self) -> None:
+        _draw(self)
+
+
+class Convolution3d(nn.Conv3d):
+    """With the initial values of the published network."""
+
+    def reset_parameters(self) -> None:
+        _draw(self)
+
+
+def _draw(convolution: nn.Conv2d | nn.Conv3d) -> None:
+    fan_out = math.prod(convolution.kernel_size) * convolution.out_channels
+    nn.init.normal_(convolution.weight, std=math.sqrt(2 / fan_out))
 
 
 def block2d(
@@ -9,13 +30,13 @@ def block2d(
 ) -> tuple[nn.Module, nn.Module]:
     padding = dilation if kernel == 3 else 0
     return (
-        nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False),
+        Convolution2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False),
         nn.BatchNorm2d(out_channels),
     )
 
 
 def block3d(in_channels: int, out_channels: int, *, stride: int = 1) -> tuple[nn.Module, nn.Module]:
-    return nn.Conv3d(in_channels, out_channels, 3, stride, padding=1, bias=False), nn.BatchNorm3d(out_channels)
+    return Convolution3d(in_channels, out_channels, 3, stride, padding=1, bias=False), nn.BatchNorm3d(out_channels)
 
 
 class ResidualBlock(nn.Module):

@@ -1,9 +1,11 @@
 """ResNets of torchvision with attention behind their stages."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from torch import nn
+
+from lineara.nn.checks import check_attention_maker, integer, made_by
 
 if TYPE_CHECKING:
     from torchvision.models import ResNet
@@ -51,8 +53,10 @@ def resnet(
     Example:
         >>> network = resnet("resnet50", attention=lambda dim: EfficientAttention2d(dim, key_dim=64, zero_init=True))
     """
-    network = plain_resnet(name, num_classes=num_classes)
-    insert_into_stages(network, attention, choose_places(places, _PLACES, tuple(STAGES)))
+    check_attention_maker(attention)
+    chosen = choose_places(places, _PLACES, tuple(STAGES))
+    network = plain_resnet(name, num_classes=integer("num_classes", num_classes))
+    insert_into_stages(network, attention, chosen)
     return network
 
 
@@ -82,14 +86,15 @@ def insert_into_stages(network: "ResNet", attention: Callable[[int], nn.Module] 
     for place in places:
         depth = list(STAGES).index(place)
         channels = network.fc.in_features // 2 ** (3 - depth)  # they double from stage to stage
-        network.get_submodule(STAGES[place]).add_module("attention", attention(channels))
+        network.get_submodule(STAGES[place]).add_module("attention", made_by(attention, channels))
 
 
 def choose_places(
     places: int | Sequence[str], numbered: dict[int, tuple[str, ...]], known: Sequence[str]
 ) -> tuple[str, ...]:
     """The places by name, each once; in the order of the network."""
-    if isinstance(places, int):
+    if isinstance(places, SupportsIndex):
+        places = integer("places", places, least=0)
         if places not in numbered:
             raise ValueError(
                 f"places must be a list of some of {', '.join(known)}, or one of the numbers "

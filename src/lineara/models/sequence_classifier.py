@@ -1,18 +1,23 @@
 """The encoder that Long Range Arena compares attention mechanisms in."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from lineara.nn import EncoderBlock
+from lineara.nn.checks import check_attention_maker, check_boolean, integer, made_by, probability
 from lineara.nn.sequence_attention import ShardedPositions
 from lineara.nn.sequence_parallel import shard_positions
+from lineara.ops.precision import accumulation_dtype
 from lineara.ops.sequence_parallel import name_of_group, process_group, sum_over_group
+from lineara.ops.tracing import is_plain
 
 if TYPE_CHECKING:
     from lineara.ops.sequence_parallel import Group
+
+_STD = 0.02
 
 
 class SequenceClassifier(nn.Module):
@@ -65,24 +70,33 @@ class SequenceClassifier(nn.Module):
         num_sequences: int = 1,
     ) -> None:
         super().__init__()
+        check_attention_maker(attention, optional=False)
+        vocab_size, num_classes, dim = (
+            integer("vocab_size", vocab_size),
+            integer("num_classes", num_classes),
+            integer("dim", dim),
+        )
+        num_layers, head_dim = integer("num_layers", num_layers, least=0), integer("head_dim", head_dim)
+        dropout = probability("dropout", dropout)
         if num_sequences not in (1, 2):
             raise ValueError(f"num_sequences must be 1 or 2, got {num_sequences}")
-        self.num_sequences = num_sequences
-        self.max_len = max_len
+        self.num_sequences = integer("num_sequences", num_sequences)
+        self.max_len = integer("max_len", max_len)
         self._part: _Part | None = None
-        self.embedding = nn.Embedding(vocab_size, dim, padding_idx=0)
-        self.positions = nn.Parameter(torch.empty(max_len, dim))
+        self.embedding = _TokenEmbedding(vocab_size, dim, padding_idx=0)
+        self.positions = nn.Parameter(torch.empty(self.max_len, dim))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            EncoderBlock(dim, attention(dim), mlp_dim=mlp_dim, dropout=dropout) for _ in range(num_layers)
+            EncoderBlock(dim, made_by(attention, dim), mlp_dim=mlp_dim, dropout=dropout) for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim)
-        features = dim if num_sequences == 1 else 4 * dim
+        features = dim if self.num_sequences == 1 else 4 * dim
         self.head = nn.Sequential(nn.Linear(features, head_dim), nn.ReLU(), nn.Linear(head_dim, num_classes))
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        nn.init.normal_(self.positions, std=0.02)
-        with torch.no_grad():
-            self.embedding.weight[0].zero_()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the positions anew; every part resets its own weights."""
+        nn.init.normal_(self.positions, std=_STD)
 
     def shard_positions(self, group: "Group") -> Self:
         """Let every rank of a group work on its own part of the positions of each batch.
@@ -127,15 +141,17 @@ class SequenceClassifier(nn.Module):
         Args:
             tokens: integer (batch, positions), with `num_sequences` 2 (batch, 2, positions); ids below vocab_size. All
                 positions, also where ranks share them.
-            mask: boolean, of the shape of tokens, True = a token, False = padding; None means that every position is
-                valid.
+            mask: boolean, of the shape of tokens, True = a token, False = padding; None is tokens != 0.
 
         Returns:
             Logits (batch, num_classes).
 
         Raises:
-            ValueError: for tokens or a mask of another shape, no positions, or sequences longer than max_len.
+            ValueError: for tokens or a mask of another shape, no positions, sequences longer than max_len, or ids
+                outside the vocabulary (on the CPU; a GPU would have to be waited for).
+            TypeError: for tokens that are not integers, or a mask that is not boolean.
         """
+        self._check_tokens(tokens)
         pairs = self.num_sequences == 2
         if tokens.dim() != 2 + pairs or tokens.shape[-1] > self.max_len or (pairs and tokens.shape[1] != 2):
             shape = "(batch, 2, positions)" if pairs else "(batch, positions)"
@@ -148,32 +164,65 @@ class SequenceClassifier(nn.Module):
                 f"tokens must have at least 1 position, got {tuple(tokens.shape)}; pad an empty sequence with a 0, and "
                 "mask it"
             )
-        if mask is not None and mask.shape != tokens.shape:
+        self._check_ids(tokens)
+        if mask is None:
+            mask = tokens != 0
+        else:
+            check_boolean("mask", mask, "True = a token")
+        if mask.shape != tokens.shape:
             raise ValueError(f"mask must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(mask.shape)}")
         if not pairs:
             return self.head(self._encode(tokens, mask))
-        means = self._encode(tokens.flatten(0, 1), None if mask is None else mask.flatten(0, 1))  # (2B, dim)
+        means = self._encode(tokens.flatten(0, 1), mask.flatten(0, 1))  # (2B, dim)
         a, b = means.unflatten(0, (-1, 2)).unbind(dim=1)  # (B, dim) each
         return self.head(torch.cat([a, b, a * b, a - b], dim=1))
 
-    def _encode(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def _encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
         # Counted before the ranks share them: each has the whole mask.
-        valid = tokens.shape[1] if mask is None else mask.sum(dim=1, keepdim=True).clamp_min(1)  # (B, 1)
+        valid = mask.sum(dim=1, keepdim=True).clamp_min(1)  # (B, 1)
         positions = self.positions[: tokens.shape[1]]  # (N, dim)
         if self._part is not None:
             here = self._part.of(tokens.shape[1])
-            tokens, positions = tokens[:, here], positions[here]
-            mask = None if mask is None else mask[:, here]
+            tokens, positions, mask = tokens[:, here], positions[here], mask[:, here]
         x = self.dropout(self.embedding(tokens) + positions)  # (B, n, dim)
         for block in self.blocks:
             x = block(x, key_mask=mask)
         x = self.norm(x)
-        total = (x if mask is None else x.masked_fill(~mask[:, :, None], 0.0)).sum(dim=1)  # (B, dim)
-        return (total if self._part is None else sum_over_group(total, self._part.group_name)) / valid
+        total = x.masked_fill(~mask[:, :, None], 0.0).sum(dim=1, dtype=accumulation_dtype(x.dtype))  # (B, dim)
+        total = total if self._part is None else sum_over_group(total, self._part.group_name)
+        return (total / valid).to(x.dtype)
+
+    @staticmethod
+    def _check_tokens(tokens: Tensor) -> None:
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"tokens must be a torch.Tensor, got {type(tokens).__name__}")
+        if tokens.is_nested:
+            raise TypeError("tokens must not be a nested tensor; pad it with 0, tokens.to_padded_tensor(0)")
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"tokens must be int32 or int64, got {tokens.dtype}; write tokens.long()")
+
+    def _check_ids(self, tokens: Tensor) -> None:
+        # Only where their numbers are at hand: no graph is broken, no GPU waited for.
+        if not is_plain(tokens) or not tokens.numel() or not isinstance(self.embedding, nn.Embedding):
+            return
+        least, largest = (int(bound) for bound in tokens.aminmax())
+        if least < 0 or largest >= self.embedding.num_embeddings:
+            raise ValueError(
+                f"tokens must be ids from 0 to vocab_size - 1 = {self.embedding.num_embeddings - 1}, got "
+                f"{least if least < 0 else largest}; give a larger vocab_size, or unknown tokens an id of their own"
+            )
+
+
+class _TokenEmbedding(nn.Embedding):
+    """With the initial values of the harness; padding is zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=_STD)
+        self._fill_padding_idx_with_zero()
 
 
 class _Part(NamedTuple):
-    """Which positions are this rank's; not the group itself, which torch cannot copy."""
+    """Which positions are this rank's; not the group itself, which torch cannot copy. A pickle of it is None."""
 
     group_name: str
     rank: int
@@ -181,3 +230,9 @@ class _Part(NamedTuple):
 
     def of(self, positions: int) -> slice:
         return slice(self.rank * positions // self.num_ranks, (self.rank + 1) * positions // self.num_ranks)
+
+    def __deepcopy__(self, _: Any) -> "_Part":
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-from lineara.nn.sequence_attention import SequenceAttention, ShardedPositions, check_options
+from lineara.nn.checks import check_options, number
+from lineara.nn.sequence_attention import SequenceAttention, ShardedPositions
 from lineara.ops import efficient_attention
+from lineara.ops.checks import Implementation, Normalization
 
 
 class EfficientAttention(SequenceAttention, ShardedPositions):
@@ -15,13 +17,15 @@ class EfficientAttention(SequenceAttention, ShardedPositions):
     Args:
         dim: channels of the input and of the output.
         num_heads: heads; they split key and value channels contiguously. 1 is the paper's setting.
-        key_dim: channels of all queries, and of all keys, together; default `dim`.
-        value_dim: channels of all values together; default `dim`.
+        key_dim: channels of all queries together; default `dim`.
+        value_dim: channels of all values together, those that heads share counted for each; default `dim`.
         context_dim: channels of the `context` input of cross-attention; default `dim`.
         qkv_bias: whether the projections to queries, keys and values have a bias.
         normalization: `"softmax"` or `"scaling"`.
         scale: multiplies both query and key.
-        impl: `"auto"`, `"reference"` or `"streaming"`.
+        impl: `"auto"`, `"reference"`, `"streaming"` or `"triton"`.
+        num_key_heads: heads of keys and values; each serves num_heads / num_key_heads heads of queries that follow one
+            another. Default `num_heads`.
         device: of the weights.
         dtype: of the weights.
 
@@ -40,12 +44,14 @@ class EfficientAttention(SequenceAttention, ShardedPositions):
         value_dim: int | None = None,
         context_dim: int | None = None,
         qkv_bias: bool = True,
-        normalization: str = "softmax",
+        normalization: Normalization = "softmax",
         scale: float = 1.0,
-        impl: str = "auto",
+        impl: Implementation = "auto",
+        num_key_heads: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_options(normalization, impl)
         super().__init__(
             dim,
             num_heads,
@@ -53,16 +59,24 @@ class EfficientAttention(SequenceAttention, ShardedPositions):
             value_dim=value_dim,
             context_dim=context_dim,
             qkv_bias=qkv_bias,
+            num_key_heads=num_key_heads,
             device=device,
             dtype=dtype,
         )
-        check_options(normalization, impl)
-        self.normalization = normalization
-        self.scale = scale
-        self.impl = impl
+        self.normalization: Normalization = normalization
+        self.scale = number("scale", scale)
+        self.impl: Implementation = impl
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, query_mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_mask: Tensor | None,
+        query_mask: Tensor | None,
+        cu_seqlens_query: Tensor | None,
+        cu_seqlens_key: Tensor | None,
     ) -> Tensor:
         return efficient_attention(
             query,
@@ -71,6 +85,8 @@ class EfficientAttention(SequenceAttention, ShardedPositions):
             normalization=self.normalization,
             scale=self.scale,
             key_mask=key_mask,
+            cu_seqlens_query=cu_seqlens_query,
+            cu_seqlens_key=cu_seqlens_key,
             impl=self.impl,
             group=self.group,
         )

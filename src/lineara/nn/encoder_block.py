@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lineara.nn.checks import check_input, check_layer, integer, probability
+
 
 class EncoderBlock(nn.Module):
     """A pre-norm encoder block that takes any attention layer.
@@ -13,7 +15,8 @@ class EncoderBlock(nn.Module):
 
     Args:
         dim: channels of the input and of the output.
-        attention: a layer called as attention(x, context, key_mask=...), such as `EfficientAttention(dim, ...)`.
+        attention: a layer called as attention(x, context, key_mask=...), and with cu_seqlens and context_cu_seqlens
+            where those are given; such as `EfficientAttention(dim, ...)`.
         mlp_dim: channels between the two linear maps of the feed-forward part; default 4 * dim.
         dropout: probability, after attention and after both linear maps of the feed-forward part.
         device: of the weights made here (not of `attention`).
@@ -39,8 +42,10 @@ class EncoderBlock(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
-        self.dim = dim
+        self.dim = dim = integer("dim", dim)
+        mlp_dim = 4 * dim if mlp_dim is None else integer("mlp_dim", mlp_dim)
+        dropout = probability("dropout", dropout)
+        check_layer("attention", attention)
         self.attention_norm = nn.LayerNorm(dim, **factory)
         self.attention = attention
         self.dropout = nn.Dropout(dropout)
@@ -53,11 +58,26 @@ class EncoderBlock(nn.Module):
             nn.Dropout(dropout),
         )
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
-        """(batch, positions, dim) to the same; `context` and `key_mask` go to the attention layer as they are."""
-        if x.dim() != 3 or x.shape[2] != self.dim:
-            raise ValueError(f"x must have the shape (batch, positions, {self.dim}), got {tuple(x.shape)}")
-        x = x + self.dropout(self.attention(self.attention_norm(x), context, key_mask=key_mask))
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        context_cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, positions, dim) to the same; all other arguments go to the attention layer as they are."""
+        check_input(
+            "x",
+            x,
+            ("batch", "positions", self.dim),
+            instead_of_nesting="pack its sequences into a batch of one and say where each begins, "
+            "x.values()[None] with cu_seqlens=x.offsets()",
+        )
+        packing = {"cu_seqlens": cu_seqlens, "context_cu_seqlens": context_cu_seqlens}
+        given = {name: tensor for name, tensor in packing.items() if tensor is not None}
+        x = x + self.dropout(self.attention(self.attention_norm(x), context, key_mask=key_mask, **given))
         return x + self.mlp(self.mlp_norm(x))
 
     def extra_repr(self) -> str:

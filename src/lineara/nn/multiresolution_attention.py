@@ -1,14 +1,16 @@
 """Multiresolution attention (AdaMRA) as layers: for sequences, and for feature maps."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lineara.nn.feature_map_attention import FeatureMapAttention
-from lineara.nn.multiresolution_heads import MultiresolutionHeads
+from lineara.nn.multiresolution_heads import MultiresolutionHeads, check_whole
 from lineara.nn.router import Routing
 from lineara.nn.sequence_attention import SequenceAttention
+from lineara.ops.checks import Compression, FeatureMap, Implementation
 
 
 class MultiresolutionAttention(SequenceAttention):
@@ -26,19 +28,21 @@ class MultiresolutionAttention(SequenceAttention):
     Args:
         dim: channels of the input and of the output.
         num_heads: heads; they split key and value channels contiguously. A single one has no router.
-        resolutions: for every head, the number of positions that one key stands for. Default: the powers of two from
-            2 ** (num_heads - 1) down to 1, such as 8, 4, 2, 1.
+        resolutions: for every key head, the number of positions that one key stands for. Default: the powers of two
+            from 2 ** (num_key_heads - 1) down to 1, such as 8, 4, 2, 1.
         compression: how a window becomes one position: `"mean"`, `"max"`, or `"conv"`, a learned sum per channel that
             starts as the mean.
         feature_map: `"softmax"`, `"relu"` or `"elu"` (elu + 1).
         routing: `"query"`, or None: every query uses all heads, unscaled, and there is no router.
         top_k: heads that a query uses under `"query"`: 1 is the paper's reading, `num_heads` a soft choice.
-        key_dim: channels of all queries, and of all keys, together; default `dim`.
-        value_dim: channels of all values together; default `dim`.
+        key_dim: channels of all queries together; default `dim`.
+        value_dim: channels of all values together, those that heads share counted for each; default `dim`.
         context_dim: channels of the `context` input of cross-attention; default `dim`.
         qkv_bias: whether the projections to queries, keys and values have a bias.
         scale: multiplies both query and key.
-        impl: `"auto"`, `"reference"` or `"streaming"`.
+        impl: `"auto"`, `"reference"`, `"streaming"` or `"triton"`.
+        num_key_heads: heads of keys and values; each serves num_heads / num_key_heads heads of queries that follow one
+            another. Default `num_heads`.
         device: of the weights.
         dtype: of the weights.
 
@@ -60,16 +64,17 @@ class MultiresolutionAttention(SequenceAttention):
         num_heads: int = 4,
         *,
         resolutions: Sequence[int] | None = None,
-        compression: str = "mean",
-        feature_map: str = "softmax",
-        routing: str | None = "query",
+        compression: Compression = "mean",
+        feature_map: FeatureMap = "softmax",
+        routing: Literal["query"] | None = "query",
         top_k: int = 1,
         key_dim: int | None = None,
         value_dim: int | None = None,
         context_dim: int | None = None,
         qkv_bias: bool = True,
         scale: float = 1.0,
-        impl: str = "auto",
+        impl: Implementation = "auto",
+        num_key_heads: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -80,11 +85,12 @@ class MultiresolutionAttention(SequenceAttention):
             value_dim=value_dim,
             context_dim=context_dim,
             qkv_bias=qkv_bias,
+            num_key_heads=num_key_heads,
             device=device,
             dtype=dtype,
         )
         self.heads = MultiresolutionHeads(
-            num_heads,
+            self.num_heads,
             self.key_dim,
             self.value_dim,
             num_axes=1,
@@ -95,19 +101,43 @@ class MultiresolutionAttention(SequenceAttention):
             top_k=top_k,
             scale=scale,
             impl=impl,
+            num_key_heads=self.num_key_heads,
             device=device,
             dtype=dtype,
         )
 
     @property
     def last_routing(self) -> Routing | None:
-        """What the router decided in the last forward call; None before it, without a router, and in copies."""
+        """What the router decided in the last forward call; None before it, without a router, and in copies.
+
+        Its `load_balancing` has a gradient as long as the output of that call is kept, as a loss keeps it.
+        """
         return self.heads.last_routing
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, query_mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_mask: Tensor | None,
+        query_mask: Tensor | None,
+        cu_seqlens_query: Tensor | None,
+        cu_seqlens_key: Tensor | None,
     ) -> Tensor:
-        return self.heads(query, key, value, key_mask=key_mask, query_mask=query_mask)
+        return self.heads(
+            query,
+            key,
+            value,
+            key_mask=key_mask,
+            query_mask=query_mask,
+            cu_seqlens_query=cu_seqlens_query,
+            cu_seqlens_key=cu_seqlens_key,
+        )
+
+    def _check_heads(self, query: int, key: int, value: int) -> None:
+        check_whole(type(self).__name__, query, self.num_heads)
+        super()._check_heads(query, key, value)
 
 
 class _MultiresolutionMaps(FeatureMapAttention):
@@ -117,23 +147,31 @@ class _MultiresolutionMaps(FeatureMapAttention):
         num_heads: int = 4,
         *,
         resolutions: Sequence[int] | None = None,
-        compression: str = "mean",
-        feature_map: str = "softmax",
-        routing: str | None = "query",
+        compression: Compression = "mean",
+        feature_map: FeatureMap = "softmax",
+        routing: Literal["query"] | None = "query",
         top_k: int = 1,
         key_dim: int | None = None,
         value_dim: int | None = None,
         scale: float = 1.0,
         zero_init: bool = False,
-        impl: str = "auto",
+        impl: Implementation = "auto",
+        num_key_heads: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            dim, num_heads, key_dim=key_dim, value_dim=value_dim, zero_init=zero_init, device=device, dtype=dtype
+            dim,
+            num_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            zero_init=zero_init,
+            num_key_heads=num_key_heads,
+            device=device,
+            dtype=dtype,
         )
         self.heads = MultiresolutionHeads(
-            num_heads,
+            self.num_heads,
             self.key_dim,
             self.value_dim,
             num_axes=len(self._axes),
@@ -144,6 +182,7 @@ class _MultiresolutionMaps(FeatureMapAttention):
             top_k=top_k,
             scale=scale,
             impl=impl,
+            num_key_heads=self.num_key_heads,
             device=device,
             dtype=dtype,
         )
@@ -153,8 +192,17 @@ class _MultiresolutionMaps(FeatureMapAttention):
         """What the router decided in the last forward call, positions row by row; see `MultiresolutionAttention`."""
         return self.heads.last_routing
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_shape: Sequence[int]) -> Tensor:
-        return self.heads(query, key, value, key_shape=key_shape)
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_shape: Sequence[int],
+        *,
+        key_mask: Tensor | None,
+        query_mask: Tensor | None,
+    ) -> Tensor:
+        return self.heads(query, key, value, key_shape=key_shape, key_mask=key_mask, query_mask=query_mask)
 
 
 class MultiresolutionAttention2d(_MultiresolutionMaps):
@@ -167,24 +215,25 @@ class MultiresolutionAttention2d(_MultiresolutionMaps):
     Args:
         dim: channels of the input and of the output.
         num_heads: heads; they split key and value channels contiguously. A single one has no router.
-        resolutions: for every head, the side in pixels of the square that one key stands for. Default: the powers of
-            two from 2 ** (num_heads - 1) down to 1.
+        resolutions: for every key head, the side in pixels of the square that one key stands for. Default: the powers
+            of two from 2 ** (num_key_heads - 1) down to 1.
         compression: `"mean"`, `"max"` or `"conv"`.
         feature_map: `"softmax"`, `"relu"` or `"elu"` (elu + 1).
         routing: `"query"` or None.
         top_k: heads that a pixel uses under `"query"`.
-        key_dim: channels of all queries, and of all keys, together; default dim // 2.
-        value_dim: channels of all values together; default `dim`.
+        key_dim: channels of all queries together; default dim // 2.
+        value_dim: channels of all values together, those that heads share counted for each; default `dim`.
         scale: multiplies both query and key.
         zero_init: start the reprojection at zero, so that the layer starts as the identity.
-        impl: `"auto"`, `"reference"` or `"streaming"`.
+        impl: `"auto"`, `"reference"`, `"streaming"` or `"triton"`.
+        num_key_heads: heads of keys and values; each serves num_heads / num_key_heads heads of queries that follow one
+            another. Default `num_heads`.
         device: of the weights.
         dtype: of the weights.
 
     Source: ours, after arXiv 2108.04962, whose abstract speaks of sequences.
     """
 
-    _convolution = nn.Conv2d
     _axes = ("height", "width")
 
 
@@ -194,5 +243,4 @@ class MultiresolutionAttention3d(_MultiresolutionMaps):
     Arguments and residual are those of `MultiresolutionAttention2d`.
     """
 
-    _convolution = nn.Conv3d
     _axes = ("depth", "height", "width")

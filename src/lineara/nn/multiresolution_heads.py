@@ -1,14 +1,16 @@
 """What the layers of multiresolution attention share: resolutions, weights of windows, and the router."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lineara.nn.router import Router, Routing, check_top_k
+from lineara.nn.checks import integer, number
+from lineara.nn.router import Router, Routing, checked_top_k
 from lineara.nn.sequence_attention import ShardedPositions
 from lineara.ops import multiresolution_attention
-from lineara.ops.checks import check_choice
+from lineara.ops.checks import Compression, FeatureMap, Implementation, check_choice
 from lineara.ops.dispatch import IMPLEMENTATIONS
 
 
@@ -16,10 +18,11 @@ class MultiresolutionHeads(ShardedPositions):
     """`ops.multiresolution_attention` with the weights that belong to it.
 
     Args:
-        num_heads: heads.
-        key_dim: channels of all queries, and of all keys, together.
-        value_dim: channels of all values together.
+        num_heads: heads of queries.
+        key_dim: channels of all queries together.
+        value_dim: channels of all values together, those that heads share counted for each.
         num_axes: axes of the grid of positions: 1 for sequences, 2 for feature maps.
+        num_key_heads: heads of keys and values; default `num_heads`.
         resolutions, compression, feature_map, routing, top_k, scale, impl, device, dtype: as the layers have them.
     """
 
@@ -31,12 +34,13 @@ class MultiresolutionHeads(ShardedPositions):
         *,
         num_axes: int,
         resolutions: Sequence[int] | None,
-        compression: str,
-        feature_map: str,
-        routing: str | None,
+        compression: Compression,
+        feature_map: FeatureMap,
+        routing: Literal["query"] | None,
         top_k: int,
         scale: float,
-        impl: str,
+        impl: Implementation,
+        num_key_heads: int | None = None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -46,22 +50,34 @@ class MultiresolutionHeads(ShardedPositions):
         check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
         if routing not in ("query", None):
             raise ValueError(f"routing must be 'query' or None, got {routing!r}")
-        self.resolutions = _checked_resolutions(resolutions, num_heads)
-        self.compression = compression
-        self.feature_map = feature_map
-        self.scale = scale
-        self.impl = impl
-        check_top_k(top_k, num_heads)
+        num_key_heads = num_heads if num_key_heads is None else num_key_heads
+        self.resolutions = _checked_resolutions(resolutions, num_key_heads)
+        self.compression: Compression = compression
+        self.feature_map: FeatureMap = feature_map
+        self.scale = number("scale", scale)
+        self.impl: Implementation = impl
+        self._num_axes = num_axes
+        top_k = checked_top_k(top_k, num_heads)
         self.router = None
         if routing == "query" and num_heads > 1:
             self.router = Router(key_dim, num_heads, top_k, device=device, dtype=dtype)
         self.key_weight = self.value_weight = None
         if compression == "conv":
-            sizes = torch.tensor(self.resolutions, device=device, dtype=dtype or torch.get_default_dtype()) ** num_axes
-            mean = (1 / sizes)[:, None, None]  # (H, 1, 1)
             largest = max(self.resolutions) ** num_axes
-            self.key_weight = nn.Parameter(mean.repeat(1, key_dim // num_heads, largest))
-            self.value_weight = nn.Parameter(mean.repeat(1, value_dim // num_heads, largest))
+            widths = (key_dim // num_heads, value_dim // num_heads)
+            self.key_weight, self.value_weight = (
+                nn.Parameter(torch.empty(num_key_heads, width, largest, device=device, dtype=dtype)) for width in widths
+            )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let the weights of windows be the mean again; the router resets its own."""
+        for weight in (self.key_weight, self.value_weight):
+            if weight is None:
+                continue
+            with torch.no_grad():  # in Python's numbers: a square of a resolution may be beyond those of float16
+                for of_head, resolution in zip(weight, self.resolutions):
+                    of_head.fill_(resolution**-self._num_axes)
 
     @property
     def last_routing(self) -> Routing | None:
@@ -76,6 +92,8 @@ class MultiresolutionHeads(ShardedPositions):
         key_shape: Sequence[int] | None = None,
         key_mask: Tensor | None = None,
         query_mask: Tensor | None = None,
+        cu_seqlens_query: Tensor | None = None,
+        cu_seqlens_key: Tensor | None = None,
     ) -> Tensor:
         """(B, H, N, K), (B, H, M, K) and (B, H, M, V) to (B, H, N, V); `query_mask` says which queries to count."""
         gate = None
@@ -94,6 +112,8 @@ class MultiresolutionHeads(ShardedPositions):
             key_shape=key_shape,
             scale=self.scale,
             key_mask=key_mask,
+            cu_seqlens_query=cu_seqlens_query,
+            cu_seqlens_key=cu_seqlens_key,
             impl=self.impl,
             group=self.group,
         )
@@ -105,18 +125,23 @@ class MultiresolutionHeads(ShardedPositions):
         )
 
 
-def _checked_resolutions(resolutions: Sequence[int] | None, num_heads: int) -> tuple[int, ...]:
-    if resolutions is None:
-        return tuple(2 ** (num_heads - 1 - head) for head in range(num_heads))
-    if isinstance(resolutions, str) or not isinstance(resolutions, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"resolutions must be a sequence of integers or None, got {resolutions!r}")
-    if len(resolutions) != num_heads:
+def check_whole(layer: str, heads_here: int, num_heads: int) -> None:
+    """Raise where only some of the heads are here."""
+    if heads_here != num_heads:
         raise ValueError(
-            f"resolutions must have one entry for each head, got {len(resolutions)} of them and num_heads={num_heads}"
+            f"{layer} cannot be split by heads over processes, since its router sees the queries of all of them, got "
+            f"{heads_here} of {num_heads} heads here; leave its projections whole, or use EfficientAttention"
         )
-    for resolution in resolutions:
-        if isinstance(resolution, bool) or not isinstance(resolution, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"resolutions must be integers, got {resolution!r}")
-        if resolution < 1:
-            raise ValueError(f"resolutions must be at least 1, got {resolution}")
-    return tuple(resolutions)
+
+
+def _checked_resolutions(resolutions: Iterable[int] | None, num_key_heads: int) -> tuple[int, ...]:
+    if resolutions is None:
+        return tuple(2 ** (num_key_heads - 1 - head) for head in range(num_key_heads))
+    if isinstance(resolutions, str | bytes) or not isinstance(resolutions, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"resolutions must be a sequence of integers or None, got {resolutions!r}")
+    checked = tuple(integer("each of resolutions", resolution) for resolution in resolutions)
+    if len(checked) != num_key_heads:
+        raise ValueError(
+            f"resolutions must have one entry for each key head, got {len(checked)} of them and {num_key_heads} heads"
+        )
+    return checked

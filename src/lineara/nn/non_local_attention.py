@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lineara.nn.checks import check_options, number
 from lineara.nn.feature_map_attention import FeatureMapAttention
-from lineara.nn.sequence_attention import check_options
 from lineara.ops import softmax_attention
+from lineara.ops.checks import Implementation, Normalization
 
 
 class _NonLocalAttention(FeatureMapAttention):
@@ -18,23 +19,48 @@ class _NonLocalAttention(FeatureMapAttention):
         *,
         key_dim: int | None = None,
         value_dim: int | None = None,
-        normalization: str = "scaling",
+        normalization: Normalization = "scaling",
         scale: float | None = None,
         zero_init: bool = False,
-        impl: str = "auto",
+        impl: Implementation = "auto",
+        num_key_heads: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_options(normalization, impl)
         super().__init__(
-            dim, num_heads, key_dim=key_dim, value_dim=value_dim, zero_init=zero_init, device=device, dtype=dtype
+            dim,
+            num_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            zero_init=zero_init,
+            num_key_heads=num_key_heads,
+            device=device,
+            dtype=dtype,
         )
-        self.normalization = normalization
-        self.scale = scale
-        self.impl = impl
+        self.normalization: Normalization = normalization
+        self.scale = None if scale is None else number("scale", scale)
+        self.impl: Implementation = impl
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, key_shape: Sequence[int]) -> Tensor:
-        return softmax_attention(query, key, value, normalization=self.normalization, scale=self.scale, impl=self.impl)
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_shape: Sequence[int],
+        *,
+        key_mask: Tensor | None,
+        query_mask: Tensor | None,
+    ) -> Tensor:
+        return softmax_attention(
+            query,
+            key,
+            value,
+            normalization=self.normalization,
+            scale=self.scale,
+            key_mask=key_mask,
+            impl=self.impl,
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, normalization={self.normalization!r}, scale={self.scale}, impl={self.impl!r}"
@@ -46,16 +72,21 @@ class NonLocalAttention2d(_NonLocalAttention):
     Projections, residual and their names are those of `EfficientAttention2d`, so that the two differ in the operation
     alone: with normalization="scaling" they compute the same function of the same weights.
 
+    **`scale` multiplies both query and key, so that torch's scale is its square**:
+    `scaled_dot_product_attention(q, k, v, scale=s * s)` under `"softmax"`.
+
     Args:
         dim: channels of the input and of the output.
         num_heads: heads; they split key and value channels contiguously.
-        key_dim: channels of all queries, and of all keys, together; default dim // 2.
-        value_dim: channels of all values together; default `dim`.
+        key_dim: channels of all queries together; default dim // 2.
+        value_dim: channels of all values together, those that heads share counted for each; default `dim`.
         normalization: `"scaling"`, dot products divided by the number of positions, or `"softmax"`.
         scale: multiplies both query and key; None divides their products by the square root of a head's key channels
             under `"softmax"`.
         zero_init: start the reprojection at zero, so that the layer starts as the identity.
         impl: `"auto"` or `"reference"`.
+        num_key_heads: heads of keys and values; each serves num_heads / num_key_heads heads of queries that follow one
+            another. Default `num_heads`.
         device: of the weights.
         dtype: of the weights.
 
@@ -63,7 +94,6 @@ class NonLocalAttention2d(_NonLocalAttention):
     has dim // 2 value channels; the default here is that of efficient attention, for the sake of comparison.
     """
 
-    _convolution = nn.Conv2d
     _axes = ("height", "width")
 
 
@@ -73,5 +103,4 @@ class NonLocalAttention3d(_NonLocalAttention):
     Arguments, weights and residual are those of `NonLocalAttention2d`.
     """
 
-    _convolution = nn.Conv3d
     _axes = ("depth", "height", "width")

@@ -1,11 +1,15 @@
 """The choice that every query makes among heads."""
 
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from lineara.nn.checks import integer
+from lineara.nn.deferred_term import DeferredTerms, lost
 from lineara.ops.precision import accumulation_dtype
+from lineara.ops.tracing import is_exporting, transform_of
 
 
 class Routing(NamedTuple):
@@ -48,11 +52,25 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_top_k(top_k, num_heads)
         self.num_heads = num_heads
-        self.top_k = top_k
+        self.top_k = checked_top_k(top_k, num_heads)
         self.logits = nn.Linear(dim, num_heads, device=device, dtype=dtype)
-        self.last: Routing | None = None
+        self._last: Routing | None = None
+        self._term: ref[Tensor] | None = None  # with its graph, which the graph of the gate keeps
+        self._deferred = DeferredTerms()
+
+    @property
+    def last(self) -> Routing | None:
+        """What was decided in the last forward call; None before it, and in copies.
+
+        The load balancing term has a gradient while the gate's graph lives: the router keeps none. Differentiated later
+        than that it raises an error. Under `torch.utils.checkpoint` it must be part of the loss of the layer's output:
+        with use_reentrant=True that is checked.
+        """
+        if self._last is None or self._term is None:
+            return self._last
+        term = self._term()
+        return self._last._replace(load_balancing=lost(self._last.load_balancing) if term is None else term)
 
     def forward(self, query: Tensor, query_mask: Tensor | None) -> Tensor:
         """The gate (batch, heads, positions), in the dtype of the query, and in `last` what was decided.
@@ -67,32 +85,49 @@ class Router(nn.Module):
         probability = logits.softmax(dim=1)  # (B, H, N)
         choice = probability.detach().topk(self.top_k, dim=1).indices  # (B, top_k, N)
         chosen = torch.zeros_like(probability).scatter(1, choice, 1.0)  # (B, H, N)
-        self.last = self._routing(probability, choice, chosen, query_mask)
-        return (probability * (self.num_heads * chosen)).to(query.dtype)
+        gate = (probability * (self.num_heads * chosen)).to(query.dtype)
+        if not is_exporting():  # which has no place to put it
+            self._remember(gate, probability, choice, chosen, query_mask)
+        return gate
 
     def extra_repr(self) -> str:
         return f"top_k={self.top_k}"
 
-    def _routing(self, probability: Tensor, choice: Tensor, chosen: Tensor, query_mask: Tensor | None) -> Routing:
+    def _remember(
+        self, gate: Tensor, probability: Tensor, choice: Tensor, chosen: Tensor, query_mask: Tensor | None
+    ) -> None:
+        hidden = None if query_mask is None else ~query_mask[:, None]  # (B, 1, N)
         counted = probability
-        if query_mask is not None:  # a product would keep the NaN that a masked query may hold
-            hidden = ~query_mask[:, None]  # (B, 1, N)
+        if hidden is not None:  # a product would keep the NaN that a masked query may hold
             chosen, counted = chosen.masked_fill(hidden, 0.0), probability.masked_fill(hidden, 0.0)
         load = chosen.sum(dim=(0, 2))  # (H,)
         load = load / load.sum().clamp_min(1.0)
         mean_probability = counted.sum(dim=(0, 2))  # (H,), up to the number of queries
-        mean_probability = mean_probability / mean_probability.detach().sum().clamp_min(1.0)
-        load_balancing = self.num_heads * (load * mean_probability).sum()
-        return Routing(choice.mT, probability.detach().mT, load, load_balancing)
+        num_counted = mean_probability.detach().sum().clamp_min(1.0)
+        term = self.num_heads * (load * mean_probability / num_counted).sum()
+        self._term = None
+        # (Elsewhere the term is differentiated by other means, which need it as it is.)
+        if not torch.compiler.is_compiling() and transform_of(probability) is None:
+            slope = self.num_heads * load / num_counted  # (H,), of the term by a probability
+            term = self._deferred.in_place_of(term, probability, slope, hidden, self.training and self._learns())
+            if gate.grad_fn is not None and term.requires_grad:
+                node: Any = gate.grad_fn
+                node.metadata["lineara.nn.router"] = term
+                self._term = ref(term)
+                term = term.detach()
+        self._last = Routing(choice.mT, probability.detach().mT, load, term)
+
+    def _learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle is of the weights; the last decision belongs to a graph that cannot be copied.
-        return {**self.__dict__, "last": None}
+        return {**self.__dict__, "_last": None, "_term": None, "_deferred": DeferredTerms()}
 
 
-def check_top_k(top_k: int, num_heads: int) -> None:
-    """Raise unless a query can use so many heads."""
-    if isinstance(top_k, bool) or not isinstance(top_k, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"top_k must be an integer, got {top_k!r}")
+def checked_top_k(top_k: int, num_heads: int) -> int:
+    """The number as an int; raise unless a query can use so many heads."""
+    top_k = integer("top_k", top_k, least=None)
     if not 1 <= top_k <= num_heads:
         raise ValueError(f"top_k must be at least 1 and at most num_heads={num_heads}, got {top_k}")
+    return top_k

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lineara.ops.checks import check_choice
-from lineara.ops.dispatch import IMPLEMENTATIONS
+from lineara.nn.checks import check_boolean, check_input, integer, num_key_heads_of, width_of, with_own_name
+from lineara.ops.checks import check_cu_seqlens
 
 if TYPE_CHECKING:
     from lineara.ops.sequence_parallel import Group
@@ -18,10 +18,12 @@ class SequenceAttention(nn.Module):
     Args:
         dim: channels of the input and of the output.
         num_heads: heads; they split key and value channels contiguously.
-        key_dim: channels of all queries, and of all keys, together; default `dim`.
-        value_dim: channels of all values together; default `dim`.
+        key_dim: channels of all queries together; default `dim`.
+        value_dim: channels of all values together, those that heads share counted for each; default `dim`.
         context_dim: channels of the `context` input of cross-attention; default `dim`.
         qkv_bias: whether the projections to queries, keys and values have a bias.
+        num_key_heads: heads of keys and values; each serves num_heads / num_key_heads heads of queries that follow one
+            another. Default `num_heads`.
         device: of the weights.
         dtype: of the weights.
     """
@@ -35,56 +37,98 @@ class SequenceAttention(nn.Module):
         value_dim: int | None = None,
         context_dim: int | None = None,
         qkv_bias: bool = True,
+        num_key_heads: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim = dim
-        self.num_heads = num_heads
-        self.key_dim = dim if key_dim is None else key_dim
-        self.value_dim = dim if value_dim is None else value_dim
-        self.context_dim = dim if context_dim is None else context_dim
-        check_widths(num_heads, dim=dim, key_dim=self.key_dim, value_dim=self.value_dim, context_dim=self.context_dim)
+        self.dim = integer("dim", dim)
+        self.num_heads = integer("num_heads", num_heads)
+        self.num_key_heads = num_key_heads_of(self.num_heads, num_key_heads)
+        self.key_dim = width_of("key_dim", key_dim, self.dim, num_heads=self.num_heads, dim=self.dim)
+        self.value_dim = width_of("value_dim", value_dim, self.dim, num_heads=self.num_heads, dim=self.dim)
+        self.context_dim = self.dim if context_dim is None else integer("context_dim", context_dim)
+        keys, values = (width // self.num_heads * self.num_key_heads for width in (self.key_dim, self.value_dim))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.query = nn.Linear(dim, self.key_dim, bias=qkv_bias, **factory)
-        self.key = nn.Linear(self.context_dim, self.key_dim, bias=qkv_bias, **factory)
-        self.value = nn.Linear(self.context_dim, self.value_dim, bias=qkv_bias, **factory)
-        self.output = nn.Linear(self.value_dim, dim, **factory)
+        self.query = nn.Linear(self.dim, self.key_dim, bias=qkv_bias, **factory)
+        self.key = nn.Linear(self.context_dim, keys, bias=qkv_bias, **factory)
+        self.value = nn.Linear(self.context_dim, values, bias=qkv_bias, **factory)
+        self.output = nn.Linear(self.value_dim, self.dim, **factory)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        with_own_name(cls, "forward")
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        context_cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Attend from every position of `x` to the positions of `context`, or of `x` itself.
 
         Args:
             x: (batch, positions, dim).
             context: (batch, context positions, context_dim); None attends to `x`.
-            key_mask: boolean (batch, positions of what is attended to), True = takes part.
+            key_mask: boolean (batch, positions of what is attended to), True = takes part. It guards keys and values
+                alone: what a masked position of `x` holds reaches no other position, but a NaN in the query of a padded
+                position reaches that position's own output, and from there the gradients of the weights unless the loss
+                leaves it out before anything is computed of it, as with torch's own layer.
+            cu_seqlens: for sequences of several lengths, packed one after the other into a batch of one: where each
+                begins, and last where the last one ends, (number of sequences + 1,) of int32 or int64, rising from 0 to
+                the number of positions. Each sequence attends to itself, or to its own part of the context.
+            context_cu_seqlens: the same for the context; both or neither are given with one.
 
         Returns:
             (batch, positions, dim).
 
         Raises:
-            ValueError: for inputs or masks of another shape.
-            TypeError: for a mask that is not boolean.
+            ValueError: for inputs or masks of another shape, or projections that were cut inside a head.
+            TypeError: for a mask that is not boolean, or inputs that are not floating point.
         """
         self._check_input("x", x, self.dim)
-        query_mask = key_mask if context is None else None
-        if context is None:
-            context = x
-            if self.context_dim != self.dim:
-                raise ValueError(
-                    f"context must be given when context_dim differs from dim, got context_dim={self.context_dim}, "
-                    f"dim={self.dim} and no context"
-                )
-        else:
+        if context is not None:
             self._check_input("context", context, self.context_dim)
-        query = self._split_heads(self.query(x))  # (B, H, N, K)
-        key = self._split_heads(self.key(context))  # (B, H, M, K)
-        value = self._split_heads(self.value(context))  # (B, H, M, V)
-        attended = self.attend(query, key, value, key_mask, query_mask)  # (B, H, N, V)
+        elif self.context_dim != self.dim:
+            raise ValueError(
+                f"context must be given when context_dim differs from dim, got context_dim={self.context_dim}, "
+                f"dim={self.dim} and no context"
+            )
+        if key_mask is not None:
+            check_boolean("key_mask", key_mask, "True = takes part")
+        self._check_packing(x, context, cu_seqlens, context_cu_seqlens)
+        query_mask = None
+        if context is None:
+            context, context_cu_seqlens, query_mask = x, cu_seqlens, key_mask
+        key_width, value_width = self.key_dim // self.num_heads, self.value_dim // self.num_heads
+        query = self._split_heads("query", self.query(x), key_width)  # (B, H, N, K)
+        key = self._split_heads("key", self.key(context), key_width)  # (B, H, M, K)
+        value = self._split_heads("value", self.value(context), value_width)  # (B, H, M, V)
+        self._check_heads(query.shape[1], key.shape[1], value.shape[1])
+        attended = self.attend(
+            query,
+            key,
+            value,
+            key_mask=key_mask,
+            query_mask=query_mask,
+            cu_seqlens_query=cu_seqlens,
+            cu_seqlens_key=context_cu_seqlens,
+        )  # (B, H, N, V)
         return self.output(attended.transpose(1, 2).flatten(2))  # (B, N, dim)
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, query_mask: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_mask: Tensor | None,
+        query_mask: Tensor | None,
+        cu_seqlens_query: Tensor | None,
+        cu_seqlens_key: Tensor | None,
     ) -> Tensor:
         """The operation, on (batch, heads, positions, channels per head).
 
@@ -95,30 +139,70 @@ class SequenceAttention(nn.Module):
     def extra_repr(self) -> str:
         widths = "".join(
             f", {name}={width}"
-            for name, width in (
-                ("key_dim", self.key_dim),
-                ("value_dim", self.value_dim),
-                ("context_dim", self.context_dim),
+            for name, width, default in (
+                ("key_dim", self.key_dim, self.dim),
+                ("value_dim", self.value_dim, self.dim),
+                ("context_dim", self.context_dim, self.dim),
+                ("num_key_heads", self.num_key_heads, self.num_heads),
             )
-            if width != self.dim
+            if width != default
         )
         return f"dim={self.dim}, num_heads={self.num_heads}{widths}"
 
-    def _split_heads(self, projected: Tensor) -> Tensor:
+    @staticmethod
+    def _split_heads(name: str, projected: Tensor, width: int) -> Tensor:
+        # Their number is the data's: of a projection whose rows are split over processes, some of the heads are here.
         batch, positions, channels = projected.shape
-        heads = projected.view(batch, positions, self.num_heads, channels // self.num_heads)  # (B, N, H, D)
-        return heads.transpose(1, 2)  # (B, H, N, D)
+        if channels % width:
+            raise ValueError(
+                f"{name} must be split between heads of {width} channels each, got {channels} channels here; "
+                "split it over a number of processes that divides the number of heads, or not at all"
+            )
+        return projected.view(batch, positions, channels // width, width).transpose(1, 2)  # (B, H, N, D)
+
+    def _check_heads(self, query: int, key: int, value: int) -> None:
+        # A key head that stays whole beside split queries would be right, but not the gradients that it gets.
+        if key != value or query * self.num_key_heads != key * self.num_heads:
+            raise ValueError(
+                "query, key and value must be split over processes alike, got "
+                f"{query}, {key} and {value} heads here, of {self.num_heads}, {self.num_key_heads} and "
+                f"{self.num_key_heads}; split all three by columns, and output by rows"
+            )
 
     @staticmethod
     def _check_input(name: str, tensor: Tensor, dim: int) -> None:
-        if tensor.dim() != 3 or tensor.shape[2] != dim:
-            raise ValueError(f"{name} must have the shape (batch, positions, {dim}), got {tuple(tensor.shape)}")
+        check_input(
+            name,
+            tensor,
+            ("batch", "positions", dim),
+            instead_of_nesting="pack its sequences into a batch of one and say where each begins, "
+            f"{name}.values()[None] with {'' if name == 'x' else 'context_'}cu_seqlens={name}.offsets()",
+        )
+
+    @staticmethod
+    def _check_packing(
+        x: Tensor, context: Tensor | None, cu_seqlens: Tensor | None, context_cu_seqlens: Tensor | None
+    ) -> None:
+        check_cu_seqlens("cu_seqlens", cu_seqlens, "x", x)
+        if context is None:
+            if context_cu_seqlens is not None:
+                raise ValueError("context_cu_seqlens must be None without a context; pass cu_seqlens alone")
+            return
+        check_cu_seqlens("context_cu_seqlens", context_cu_seqlens, "context", context)
+        sizes = [None if packing is None else packing.shape[0] for packing in (cu_seqlens, context_cu_seqlens)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                "cu_seqlens and context_cu_seqlens must both be None or have the same number of entries, got "
+                f"{' and '.join('None' if size is None else str(size) for size in sizes)}; "
+                "pack as many sequences into the context as into x"
+            )
 
 
 class ShardedPositions(nn.Module):
     """A module that calls an operation with `group`: the ranks over which positions are sharded, None = all are here.
 
-    `lineara.nn.sequence_parallel.shard_positions` sets it.
+    `lineara.nn.sequence_parallel.shard_positions` sets it. A copy has it too; a pickle has all positions again, since
+    the process that reads it may know no ranks.
     """
 
     _held: "_Held | None" = None
@@ -133,7 +217,10 @@ class ShardedPositions(nn.Module):
 
 
 class _Held:
-    """A group, which torch cannot copy: the copy of a layer talks to the ranks that the layer talks to."""
+    """A group, which torch can neither copy nor pickle: the copy of a layer talks to the ranks that the layer talks to.
+
+    A pickle of it is None.
+    """
 
     def __init__(self, group: "Group") -> None:
         self.group = group
@@ -141,20 +228,5 @@ class _Held:
     def __deepcopy__(self, _: Any) -> "_Held":
         return self
 
-
-def check_options(normalization: str, impl: str) -> None:
-    """Raise unless both are names that the operations know."""
-    check_choice("normalization", normalization, ("softmax", "scaling"))
-    check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
-
-
-def check_widths(num_heads: int, **widths: int) -> None:
-    """Raise unless all are positive and key and value channels split evenly into heads."""
-    for name, width in {"num_heads": num_heads, **widths}.items():
-        if isinstance(width, bool) or not isinstance(width, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{name} must be an integer, got {width!r}")
-        if width < 1:
-            raise ValueError(f"{name} must be at least 1, got {width}")
-    for name in ("key_dim", "value_dim"):
-        if widths[name] % num_heads:
-            raise ValueError(f"{name} must be divisible by num_heads, got {widths[name]} and {num_heads}")
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()

@@ -3,11 +3,21 @@
 They run at the public door, before any work, and raise one sentence: what must hold, what was given, what to do.
 """
 
+import numbers
+import operator
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from lineara.ops.linear.feature_maps import FeatureMap, KernelMap
+
+__all__ = ["Compression", "FeatureMap", "Implementation", "KernelMap", "Normalization"]
+
+Normalization = Literal["softmax", "scaling"]
+Compression = Literal["mean", "max", "conv"]
+Implementation = Literal["auto", "reference", "streaming", "triton"]
 
 _LARGEST = torch.finfo(torch.float64).max
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -17,6 +27,13 @@ def check_tensor(name: str, tensor: Tensor) -> None:
     """Raise unless `tensor` is a floating-point (batch, heads, positions, channels) tensor."""
     if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} must not be a nested tensor; put the sequences one after the other and say where each begins with "
+            "cu_seqlens"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}; convert it with .to_dense()")
     if tensor.dtype not in FLOATING_DTYPES:
         raise TypeError(
             f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}; convert it with .float()"
@@ -59,9 +76,17 @@ def check_query_and_key(query: Tensor, key: Tensor) -> None:
     """Raise unless query and key agree in everything but their number of positions."""
     check_tensor("query", query)
     _check_equal_size("query", query.shape[0], "key", key.shape[0], "batch size")
-    _check_equal_size("query", query.shape[1], "key", key.shape[1], "number of heads")
+    check_query_heads(query.shape[1], key.shape[1], "key")
     _check_equal_size("query", query.shape[3], "key", key.shape[3], "number of channels")
     check_same_dtype_and_device(("query", "key"), (query, key))
+
+
+def check_query_heads(of_query: int, of_keys: int, name: str) -> None:
+    """Raise unless every head of keys can serve as many heads of queries as any other."""
+    if of_query != of_keys and (of_query == 0 or of_keys == 0 or of_query % of_keys):
+        raise ValueError(
+            f"query must have as many heads as {name}, or a multiple of that number, got {of_query} and {of_keys}"
+        )
 
 
 def check_key_mask(key_mask: Tensor | None, key: Tensor) -> None:
@@ -71,7 +96,10 @@ def check_key_mask(key_mask: Tensor | None, key: Tensor) -> None:
     if not isinstance(key_mask, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
         raise TypeError(f"key_mask must be a torch.Tensor or None, got {type(key_mask).__name__}")
     if key_mask.dtype != torch.bool:
-        raise TypeError(f"key_mask must be boolean (True = takes part), got {key_mask.dtype}; write key_mask.bool()")
+        raise TypeError(
+            f"key_mask must be boolean (True = takes part), got {key_mask.dtype}; write key_mask == 0 for a mask that "
+            "is added to scores (0 and -inf), and key_mask != 0 for one of ones and zeros"
+        )
     expected = (key.shape[0], key.shape[2])
     if tuple(key_mask.shape) != expected:
         raise ValueError(
@@ -130,28 +158,30 @@ def check_packing(cu_seqlens_query: Tensor | None, cu_seqlens_key: Tensor | None
         )
 
 
-def check_scale(scale: float) -> None:
-    """Raise unless the scale is a finite number (a tensor would get no gradient)."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float):  # pyright: ignore[reportUnnecessaryIsInstance]
+def check_scale(scale: Any) -> float:
+    """The scale as a float; raise unless it is a finite number (a tensor would get no gradient)."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float | numbers.Real):
         raise TypeError(
             f"scale must be a number, got {type(scale).__name__}; to learn it, multiply query and key by it instead"
         )
     if not abs(scale) <= _LARGEST:  # math.isfinite would break a compiled graph
         raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def check_integer(name: str, number: Any) -> int:
+    """The number as an int; raise unless it is one, of Python, of torch or of numpy."""
+    if isinstance(number, int | torch.SymInt) and not isinstance(number, bool):
+        return number  # pyright: ignore[reportReturnType] - a SymInt stands for an int
+    if isinstance(number, bool | Tensor) or not hasattr(number, "__index__"):
+        raise TypeError(f"{name} must be integers, got {number!r}")
+    return operator.index(number)
 
 
 def check_choice(name: str, given: str, choices: Sequence[str]) -> None:
     """Raise unless `given` is one of the choices."""
     if given not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {given!r}")
-
-
-def check_forward_mode(impl: str, *tensors: Tensor) -> None:
-    """Raise for forward-mode differentiation, which the operators would answer by zeros."""
-    if torch.compiler.is_compiling():
-        return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):  # pyright: ignore[reportUnknownMemberType] - torch types it in part
-        raise ValueError(f"impl must be 'reference' under forward-mode differentiation, got {impl!r}")
 
 
 def _check_equal_size(first: str, first_size: int, second: str, second_size: int, what: str) -> None:

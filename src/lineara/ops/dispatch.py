@@ -6,14 +6,21 @@ falls back to another one.
 
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lineara.ops.checks import check_choice, check_tensor
+from lineara.ops.tracing import is_exporting, transform_of
 
-IMPLEMENTATIONS = ("reference", "streaming", "triton")
+_MODULES = {
+    "reference": "lineara.ops.linear.reference",
+    "streaming": "lineara.ops.linear.streaming",
+    "triton": "lineara.ops.linear.triton_kernels",
+}
+IMPLEMENTATIONS = tuple(_MODULES)
 
 # What each operation has.
 _AVAILABLE = {
@@ -22,15 +29,21 @@ _AVAILABLE = {
     "multiresolution_attention": IMPLEMENTATIONS,
     "softmax_attention": ("reference",),
 }
+# Up to this many elements (8 MiB of float32) in query, key and value each, torch's own operations on whole tensors are
+# as fast on a CPU as blocks that stay in its cache, and keep no more than this.
+_ONE_BLOCK_ELEMENTS = 2 * 1024 * 1024
 _WIDEST = 512
 # Wider blocks of float32 do not fit into a multiprocessor's registers.
 _WIDEST_FAST_FLOAT32 = 256
 
 
-def choose_implementation(operation: str, impl: str, query: Tensor, value: Tensor) -> str:
-    """The implementation that runs: `impl` itself where it is explicit, and the rule's choice for "auto"."""
+def choose_implementation(operation: str, impl: str, query: Tensor, value: Tensor, *others: Tensor | None) -> str:
+    """The implementation that runs: `impl` itself where it is explicit, and the rule's choice for "auto".
+
+    While compiling for a CPU that is "auto" again, so that no graph knows a size: the operators ask `means_of`.
+    """
     if impl == "auto":
-        return _rule(operation, query, value)[0]
+        return _rule(operation, query, value, *others)[0]
     check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     available = _AVAILABLE[operation]
     if impl not in available:
@@ -40,12 +53,16 @@ def choose_implementation(operation: str, impl: str, query: Tensor, value: Tenso
     if impl == "triton" and (obstacle := _obstacle(query, value)):
         move = "" if query.device.type == "cuda" else " or move the tensors"
         raise ValueError(f"impl='triton' needs {obstacle}; use impl='auto'{move}")
+    if impl != "reference" and (transform := transform_of(query, value, *others)):
+        raise ValueError(f"impl must be 'reference' or 'auto' under {transform}, got {impl!r}")
     return impl
 
 
-def passes(drawer: str, impl: str) -> Any:
-    """The module of an operation's drawer that computes block by block: `streaming` or `triton_kernels`."""
-    return import_module(f"lineara.ops.{drawer}.{'triton_kernels' if impl == 'triton' else impl}")
+def means_of(implementation: str, *tensors: Tensor) -> ModuleType:
+    """The module that computes: for "auto", which a compiled graph leaves open, by size."""
+    if implementation == "auto":
+        implementation = "streaming" if _is_large(*tensors) else "reference"
+    return import_module(_MODULES[implementation])
 
 
 def explain_implementation(query: Tensor, key: Tensor, value: Tensor, *, operation: str = "efficient_attention") -> str:
@@ -76,17 +93,28 @@ def explain_implementation(query: Tensor, key: Tensor, value: Tensor, *, operati
             raise ValueError(
                 f"query and {name} must be on the same device, got {query.device} and {tensor.device}; move one of them"
             )
-    implementation, reason = _rule(operation, query, value)
+    implementation, reason = _rule(operation, query, value, key)
     return f"{implementation}: {reason}"
 
 
-def _rule(operation: str, query: Tensor, value: Tensor) -> tuple[str, str]:
+def _rule(operation: str, query: Tensor, value: Tensor, *others: Tensor | None) -> tuple[str, str]:
     available = _AVAILABLE[operation]
     if len(available) == 1:
         return available[0], f"the only implementation of {operation}"
+    if is_exporting():
+        return "reference", "the call is exported, in standard operators alone"
+    if transform := transform_of(query, value, *others):
+        return "reference", f"{transform} sees standard operators alone"
     device = query.device.type
     if device == "cpu":
-        return "streaming", "the tensors are on the CPU, where blocks that stay in its cache are fastest"
+        if torch.compiler.is_compiling():
+            return "auto", "the compiled operator chooses by size"
+        if _is_large(query, value, *others):
+            return "streaming", "the tensors are on the CPU and large, where blocks that stay in its cache are fastest"
+        return "reference", (
+            "the tensors are on the CPU and of at most 2,097,152 elements each, where few operations on whole tensors "
+            "are as fast as blocks"
+        )
     if device != "cuda":
         return "reference", f"the tensors are on {device}, where few large operations beat many blocks"
     if obstacle := _obstacle(query, value):
@@ -97,6 +125,13 @@ def _rule(operation: str, query: Tensor, value: Tensor) -> tuple[str, str]:
             f"in float32 the fused kernels are made for at most {_WIDEST_FAST_FLOAT32} channels per head",
         )
     return "triton", "the tensors are on a GPU, where the fused kernels read and write each of them once"
+
+
+def _is_large(*tensors: Tensor | None) -> bool:
+    for tensor in tensors:
+        if tensor is not None and tensor.numel() > _ONE_BLOCK_ELEMENTS:
+            return True
+    return False
 
 
 def _obstacle(query: Tensor, value: Tensor) -> str | None:

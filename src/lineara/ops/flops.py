@@ -19,21 +19,9 @@ _COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
 
-def count_products(operator: str, num_products: int, positions_of: Sequence[int], key: int, value: int) -> None:
-    """Register lineara::operator: products with a K x V matrix at the positions of some of its arguments.
-
-    The arguments are named by their numbers; `key` is one with K channels, `value` one with V.
-    """
-
-    def formula(*shapes: Any) -> int:
-        return products(num_products, sum(shapes[i][2] for i in positions_of), shapes[key], shapes[value])
-
-    count_flops(operator, formula)
-
-
-def products(num_products: int, positions: int, key: Shape, value: Shape) -> int:
-    """Operations of products at so many positions, for every item and head of the key."""
-    return 2 * num_products * key[0] * key[1] * positions * key[3] * value[3]
+def products(positions: int, key: Shape, value: Shape) -> int:
+    """Operations of products with a K x V matrix at so many positions, for every item and head of the key."""
+    return 2 * key[0] * key[1] * positions * key[3] * value[3]
 
 
 def count_flops(operator: str, formula: Callable[..., int]) -> None:

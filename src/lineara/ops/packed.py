@@ -19,9 +19,9 @@ class Positions(NamedTuple):
 
 
 class Row(NamedTuple):
-    """An argument of which every sequence gets its item: (number of sequences, ...)."""
+    """An argument of which every sequence gets its item: (number of sequences, ...), or None."""
 
-    tensor: Tensor
+    tensor: Tensor | None
 
 
 def in_sequences(tensor: Tensor, cu_seqlens: Tensor | None) -> int:
@@ -54,7 +54,7 @@ def joined(parts: Sequence[Sequence[Tensor]], *into: Tensor) -> list[Tensor]:
 
 def _of_sequence(argument: object, start: int, end: int, i: int, starts: list[int]) -> object:
     if isinstance(argument, Row):
-        return argument.tensor[i : i + 1]
+        return None if argument.tensor is None else argument.tensor[i : i + 1]
     if not isinstance(argument, Positions):
         return argument
     if argument.tensor is None:

@@ -1,12 +1,13 @@
 """The dtypes that the operations compute in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
+
+from lineara.ops.library import LIBRARY
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -14,15 +15,27 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def as_autocast(*tensors: Tensor | None) -> list[Any]:
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype of sums."""
+    dtype = accumulation_dtype(tensor.dtype)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def times_scale(tensor: Tensor, scale: float) -> Tensor:
+    """scale * tensor in the dtype of sums."""
+    return widened(tensor) if scale == 1.0 else widened(tensor) * scale
+
+
+def as_autocast(*tensors: Tensor | None) -> Sequence[Any]:
     """The tensors in the dtype that torch.autocast asks for, as its products have them; with float64, as they are.
 
-    (For a list of tensors and Nones, which are kept: Any, because each is what the caller gave.)
+    (For tensors, the first of which decides, and Nones, which are kept: Any, because each is what the caller gave.)
     """
-    there = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-    if not there or not _autocasts(there[0]) or any(tensor.dtype not in _CAST for tensor in there):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(there[0].device.type)
+    if not isinstance(tensors[0], Tensor) or not _autocasts(tensors[0]):
+        return tensors
+    if any(isinstance(tensor, Tensor) and tensor.dtype not in _CAST for tensor in tensors):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return [tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
 
 
@@ -31,25 +44,28 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(tensor.device.type, enabled=False) if _autocasts(tensor) else nullcontext()
 
 
-def register_autocast(name: str, operator: Callable[..., Any], num_inputs: int) -> None:
-    """Let lineara::name cast its first inputs under torch.autocast, to the dtype asked for there and then.
+def register_autocast(name: str, operator: Callable[..., Any], inputs: Sequence[int]) -> None:
+    """Let lineara::name cast some of its arguments under torch.autocast, to the dtype asked for there and then.
 
     (torch.library.register_autocast knows one dtype for ever.)
     """
 
     def cast(*arguments: Any) -> Any:
-        tensors = as_autocast(*arguments[:num_inputs])
+        given = list(arguments)
+        for i, tensor in zip(inputs, as_autocast(*(arguments[i] for i in inputs))):
+            given[i] = tensor
         with without_autocast(arguments[0]):
-            return operator(*tensors, *arguments[num_inputs:])
+            return operator(*given)
 
     for key in ("AutocastCPU", "AutocastCUDA"):
-        _LIBRARY.impl(name, cast, key)  # pyright: ignore[reportUnknownMemberType] - torch types it in part
+        LIBRARY.impl(name, cast, key)  # pyright: ignore[reportUnknownMemberType] - torch types it in part
 
 
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu")
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
-_LIBRARY = Library("lineara", "FRAGMENT")
 
 
 def _autocasts(tensor: Tensor) -> bool:
+    # (torch.amp.is_autocast_available, which would do, cannot be compiled by torch 2.11.)
     device_type = tensor.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)

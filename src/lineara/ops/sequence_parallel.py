@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.library import custom_op
 
 from lineara.ops.differentiation import reference_gradients
+from lineara.ops.library import define
+from lineara.ops.linear.feature_maps import feature_map
+from lineara.ops.linear.reference import Summary, finite_shift, quotient
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -60,52 +62,68 @@ def process_group(group_name: str) -> "ProcessGroup":
     return resolve(group_name)
 
 
-@custom_op("lineara::maximum_over_group", mutates_args=())
-def maximum_over_group(tensor: Tensor, group_name: str) -> Tensor:
-    """The largest of all ranks' numbers, which are shifts that cancel: no gradient."""
-    maximum = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(maximum, dist.ReduceOp.MAX, process_group(group_name))
-    return maximum
+def over_group(summary: Summary, name: str, group_name: str) -> tuple[Tensor, Tensor]:
+    """Total and weighted sum of the positions of all ranks, for queries to attend to.
+
+    Of a context that is divided by its total, the quotient travels back alone: the total is then 1.
+    """
+    _, total, weighted_sum = summary
+    if not group_name:
+        return total, weighted_sum
+    if feature_map(name).has_maximum:
+        _, total, weighted_sum = _of_common_maximum(summary, group_name)
+    if feature_map(name).divides_context:
+        context, _ = _context_over_group(total, weighted_sum, group_name)
+        return torch.ones_like(total), context
+    return _sums_over_group(total, weighted_sum, group_name)
 
 
-@custom_op("lineara::sum_over_group", mutates_args=())
-def sum_over_group(tensor: Tensor, group_name: str) -> Tensor:
-    """The sum of all ranks' tensors; its gradient is the sum of all ranks' gradients."""
-    total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, dist.ReduceOp.SUM, process_group(group_name))
-    return total
+def merge_over_group(summary: Summary, group_name: str) -> Summary:
+    """The summary of the positions of all ranks: one message of maxima, and one of sums."""
+    maximum, total, weighted_sum = _of_common_maximum(summary, group_name)
+    return maximum, *_sums_over_group(total, weighted_sum, group_name)
 
 
-def sums_over_group(total: Tensor, weighted_sum: Tensor, group_name: str) -> tuple[Tensor, Tensor]:
+def _of_common_maximum(summary: Summary, group_name: str) -> Summary:
+    maximum = maximum_over_group(summary[0], group_name)
+    factor = (summary[0] - finite_shift(maximum)).exp()
+    return maximum, summary[1] * factor, summary[2] * factor[..., None]
+
+
+def _sums_over_group(total: Tensor, weighted_sum: Tensor, group_name: str) -> tuple[Tensor, Tensor]:
     """The sums over ranks of (B, H, K) and (B, H, K, V), in one message."""
     both = sum_over_group(torch.cat([total[..., None], weighted_sum], dim=3), group_name)  # (B, H, K, 1 + V)
     return both[..., 0].contiguous(), both[..., 1:].contiguous()
 
 
-@custom_op("lineara::context_over_group", mutates_args=())
-def context_over_group(total: Tensor, weighted_sum: Tensor, group_name: str) -> tuple[Tensor, Tensor]:
-    """The context matrix of all ranks' sums, S / s, and s.
-
-    An operator of its own, because its backward pass needs one message of the size of the context: that of S and s
-    apart, which `sums_over_group` has, is larger.
-    """
-    total, weighted_sum = sums_over_group(total, weighted_sum, group_name)
-    return _quotient(total, weighted_sum), total
+# The collectives.
 
 
-@maximum_over_group.register_fake
-def _(tensor: Tensor, group_name: str):
+def _maximum(tensor: Tensor, group_name: str) -> Tensor:
+    return _reduced(tensor, dist.ReduceOp.MAX, group_name)
+
+
+def _sum(tensor: Tensor, group_name: str) -> Tensor:
+    return _reduced(tensor, dist.ReduceOp.SUM, group_name)
+
+
+def _reduced(tensor: Tensor, how: Any, group_name: str) -> Tensor:
+    result = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, how, process_group(group_name))
+    return result
+
+
+def _context(total: Tensor, weighted_sum: Tensor, group_name: str) -> tuple[Tensor, Tensor]:
+    total, weighted_sum = _sums_over_group(total, weighted_sum, group_name)
+    return quotient(weighted_sum, total), total
+
+
+def _fake_reduced(tensor: Tensor, group_name: str):
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-@sum_over_group.register_fake
-def _(tensor: Tensor, group_name: str):
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-@context_over_group.register_fake
-def _(total: Tensor, weighted_sum: Tensor, group_name: str):
-    return torch.empty_like(weighted_sum), torch.empty_like(total)
+def _fake_context(total: Tensor, weighted_sum: Tensor, group_name: str):
+    return _fake_reduced(weighted_sum, group_name), _fake_reduced(total, group_name)
 
 
 def _save_name(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -114,6 +132,14 @@ def _save_name(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _sum_gradients(ctx: Any, grad: Tensor):
     return sum_over_group(grad, ctx.group_name), None
+
+
+def _no_gradients(ctx: Any, _: Tensor):
+    return None, None
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)
 
 
 def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -127,20 +153,33 @@ def _context_gradients(ctx: Any, grad_context: Tensor, _: Tensor):
     if torch.is_grad_enabled():
 
         def forward(total: Tensor, weighted_sum: Tensor) -> Sequence[Tensor]:
-            return [_quotient(*sums_over_group(total, weighted_sum, ctx.group_name))]
+            total, weighted_sum = _sums_over_group(total, weighted_sum, ctx.group_name)
+            return [quotient(weighted_sum, total)]
 
         return *reference_gradients(forward, (total, weighted_sum), [grad_context]), None
-    grad_context = sum_over_group(grad_context, ctx.group_name)
-    grad_weighted_sum = _quotient(sum_of_totals, grad_context)
+    grad_weighted_sum = quotient(sum_over_group(grad_context, ctx.group_name), sum_of_totals)
     return -(context * grad_weighted_sum).sum(dim=3), grad_weighted_sum, None
 
 
-def _quotient(total: Tensor, weighted_sum: Tensor) -> Tensor:
-    return weighted_sum / torch.where(total > 0, total, 1.0)[..., None]
-
-
-sum_over_group.register_autograd(_sum_gradients, setup_context=_save_name)
-context_over_group.register_autograd(_context_gradients, setup_context=_save_context)
+# The largest of all ranks' numbers, which are shifts that cancel: no gradient.
+maximum_over_group = define(
+    "maximum_over_group(Tensor tensor, str group_name) -> Tensor",
+    _maximum,
+    _fake_reduced,
+    (_no_gradients, _save_nothing),
+)
+# The sum of all ranks' tensors; its gradient is the sum of all ranks' gradients.
+sum_over_group = define(
+    "sum_over_group(Tensor tensor, str group_name) -> Tensor", _sum, _fake_reduced, (_sum_gradients, _save_name)
+)
+# The quotient of all ranks' sums, and their total. An operator of its own, because its backward pass needs one message
+# of the size of the context: that of both sums apart, which `_sums_over_group` has, is larger.
+_context_over_group = define(
+    "context_over_group(Tensor total, Tensor weighted_sum, str group_name) -> (Tensor context, Tensor total)",
+    _context,
+    _fake_context,
+    (_context_gradients, _save_context),
+)
 
 
 class Part(NamedTuple):

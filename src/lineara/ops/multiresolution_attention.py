@@ -3,15 +3,17 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
-from lineara.ops.blocks import in_passes
 from lineara.ops.checks import (
+    Compression,
+    FeatureMap,
+    Implementation,
     check_choice,
-    check_forward_mode,
+    check_integer,
     check_key_and_value,
     check_key_mask,
     check_packing,
@@ -19,17 +21,17 @@ from lineara.ops.checks import (
     check_same_dtype_and_device,
     check_scale,
 )
-from lineara.ops.dispatch import choose_implementation
-from lineara.ops.multiresolution import operators, reference
+from lineara.ops.linear import attention
+from lineara.ops.linear.windows import Keys, Windows
 from lineara.ops.packed import Positions, by_sequence
-from lineara.ops.precision import as_autocast, without_autocast
+from lineara.ops.precision import as_autocast
 from lineara.ops.sequence_parallel import name_of_group
 
 if TYPE_CHECKING:
     from lineara.ops.sequence_parallel import Group
 
-COMPRESSIONS = ("mean", "max", "conv")
-FEATURE_MAPS = ("softmax", "relu", "elu")
+COMPRESSIONS: tuple[str, ...] = get_args(Compression)
+FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
 
 
 def multiresolution_attention(
@@ -38,8 +40,8 @@ def multiresolution_attention(
     value: Tensor,
     *,
     resolutions: Sequence[int],
-    compression: str = "mean",
-    feature_map: str = "softmax",
+    compression: Compression = "mean",
+    feature_map: FeatureMap = "softmax",
     gate: Tensor | None = None,
     key_weight: Tensor | None = None,
     value_weight: Tensor | None = None,
@@ -48,7 +50,7 @@ def multiresolution_attention(
     key_mask: Tensor | None = None,
     cu_seqlens_query: Tensor | None = None,
     cu_seqlens_key: Tensor | None = None,
-    impl: str = "auto",
+    impl: Implementation = "auto",
     group: "Group" = None,
 ) -> Tensor:
     """Linear attention whose heads see keys and values at different resolutions, and queries that choose among them.
@@ -114,100 +116,74 @@ def multiresolution_attention(
 
     Gradients of any order are supported. For torch.func transforms use `impl="reference"`.
     """
-    tensors = query, key, value, gate, key_weight, value_weight = as_autocast(
-        query, key, value, gate, key_weight, value_weight
-    )
+    query, key, value, gate, key_weight, value_weight = as_autocast(query, key, value, gate, key_weight, value_weight)
     check_key_and_value(key, value)
     check_query_and_key(query, key)
     check_key_mask(key_mask, key)
     check_choice("compression", compression, COMPRESSIONS)
     check_choice("feature_map", feature_map, FEATURE_MAPS)
-    check_scale(scale)
-    _check_resolutions(resolutions, query)
+    scale = check_scale(scale)
+    resolutions = _checked_resolutions(resolutions, key)
     given_shape, key_shape = key_shape, _checked_shape(key_shape, key)
     _check_gate(gate, query)
     _check_weights(key_weight, value_weight, key, value, compression, max(resolutions) ** len(key_shape))
     check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
-    if cu_seqlens_query is not None and cu_seqlens_key is not None:
-        if given_shape is not None:
-            raise ValueError(f"key_shape must be None with packed sequences, got {tuple(given_shape)}")
-
-        one = partial(
-            multiresolution_attention,
-            resolutions=resolutions,
-            compression=compression,
-            feature_map=feature_map,
-            key_weight=key_weight,
-            value_weight=value_weight,
-            scale=scale,
-            impl=impl,
-            group=group,
-        )
-        queries = by_sequence(_together, cu_seqlens_query, Positions(query), Positions(gate))
-        keys = by_sequence(_together, cu_seqlens_key, Positions(key), Positions(value), Positions(key_mask))
-        outputs = [one(q, k, v, gate=g, key_mask=mask) for (q, g), (k, v, mask) in zip(queries, keys)]
-        return torch.cat(outputs, dim=2)
+    if cu_seqlens_key is not None and given_shape is not None:
+        raise ValueError(f"key_shape must be None with packed sequences, got {tuple(given_shape)}")
     group_name = name_of_group(group)
-    if not group_name:  # otherwise the whole grid is known later
-        resolutions = reference.within(resolutions, compression, max(1, *key_shape))
-    implementation = choose_implementation("multiresolution_attention", impl, query, value)
-    if in_passes(implementation, query, key, value, always=bool(group_name)):
-        check_forward_mode(implementation, *(tensor for tensor in tensors if tensor is not None))
-        shapes = (list(resolutions), list(key_shape))
-        options = (*shapes, compression, feature_map, float(scale), group_name, implementation)
-        return operators.multiresolution_attention(*tensors, key_mask, *options)[0]
-    with without_autocast(query):
-        return reference.multiresolution_attention(
-            query,
-            key,
-            value,
-            resolutions=resolutions,
-            key_shape=key_shape,
-            compression=compression,
-            feature_map=feature_map,
-            gate=gate,
-            key_weight=key_weight,
-            value_weight=value_weight,
-            scale=scale,
-            key_mask=key_mask,
-            group_name=group_name,
-        )
+    run = partial(
+        attention.linear_attention,
+        "multiresolution_attention",
+        name=feature_map,
+        scale=scale,
+        impl=impl,
+        group_name=group_name,
+    )
+    grid = Windows(resolutions, key_shape, compression)
+    weights = key_weight, value_weight
+    if cu_seqlens_query is None or cu_seqlens_key is None or not group_name:
+        keys = Keys(key, value, key_mask, cu_seqlens_key, *weights)
+        return run(query, keys, grid=grid, gate=gate, cu_seqlens_query=cu_seqlens_query)
+    # Every sequence has borders of its own between ranks.
+    queries = by_sequence(_together, cu_seqlens_query, Positions(query), Positions(gate))
+    keys_of = by_sequence(_together, cu_seqlens_key, Positions(key), Positions(value), Positions(key_mask))
+    outputs = [
+        run(q, Keys(k, v, mask, None, *weights), grid=grid._replace(key_shape=(k.shape[2],)), gate=g)
+        for (q, g), (k, v, mask) in zip(queries, keys_of)
+    ]
+    return torch.cat(outputs, dim=2)
 
 
 def _together(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tensors
 
 
-def _check_resolutions(resolutions: Sequence[int], query: Tensor) -> None:
+def _checked_resolutions(resolutions: Sequence[int], key: Tensor) -> tuple[int, ...]:
     if isinstance(resolutions, str) or not isinstance(resolutions, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"resolutions must be a sequence of integers, got {type(resolutions).__name__}")
-    if query.shape[1] == 0:
-        raise ValueError(f"query must have at least one head, got the shape {tuple(query.shape)}")
-    if len(resolutions) != query.shape[1]:
+    if key.shape[1] == 0:
+        raise ValueError(f"key must have at least one head, got the shape {tuple(key.shape)}")
+    if len(resolutions) != key.shape[1]:
         raise ValueError(
-            f"resolutions must have one entry for each of the {query.shape[1]} heads, got {len(resolutions)}"
+            f"resolutions must have one entry for each of the {key.shape[1]} heads of keys, got {len(resolutions)}"
         )
-    for resolution in resolutions:
-        if isinstance(resolution, bool) or not isinstance(resolution, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"resolutions must be integers, got {resolution!r}")
-        if resolution < 1:
-            raise ValueError(f"resolutions must be at least 1, got {resolution}")
+    checked = tuple(check_integer("resolutions", resolution) for resolution in resolutions)
+    if min(checked) < 1:
+        raise ValueError(f"resolutions must be at least 1, got {min(checked)}")
+    return checked
 
 
 def _checked_shape(key_shape: Sequence[int] | None, key: Tensor) -> tuple[int, ...]:
     if key_shape is None:
         return (key.shape[2],)
-    if not isinstance(key_shape, Sequence) or not all(map(_is_size, key_shape)):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(key_shape, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"key_shape must be a sequence of integers, got {key_shape!r}")
-    if not key_shape or min(key_shape) < 0 or math.prod(key_shape) != key.shape[2]:
+    sizes = tuple(check_integer("key_shape", size) for size in key_shape)
+    if not sizes or min(sizes) < 0 or math.prod(sizes) != key.shape[2]:
         raise ValueError(
-            f"the product of key_shape must be the number of key positions, got {tuple(key_shape)} and {key.shape[2]}"
+            f"the product of key_shape must be the number of key positions, got {sizes} and {key.shape[2]}"
         )
-    return tuple(key_shape)
-
-
-def _is_size(size: object) -> bool:
-    return isinstance(size, int | torch.SymInt) and not isinstance(size, bool)
+    return sizes
 
 
 def _check_gate(gate: Tensor | None, query: Tensor) -> None:

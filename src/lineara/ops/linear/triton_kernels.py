@@ -26,9 +26,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lineara.ops.blocks import empty_like_query
+from lineara.ops.linear.blocks import empty_like_query
+from lineara.ops.linear.feature_maps import feature_map
+from lineara.ops.linear.reference import Summary
 from lineara.ops.packed import in_sequences
-from lineara.ops.tiles import MOST_SPLITS, Pass, Tiles, in_one_pass, tiles_of
+from lineara.ops.linear.tiles import MOST_SPLITS, Pass, Tiles, in_one_pass, tiles_of
+
+FUSES_MEANS = True
 
 # The parts of the kernels.
 
@@ -102,9 +106,12 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _quotient(S, s):
-    """S / s, and S where no position was."""
-    return S / tl.where(s > 0.0, s, 1.0)[:, None]
+def _context(weighted_sum, s, channels, columns, where, V: tl.constexpr, DIVIDE: tl.constexpr):
+    """A tile of S, with DIVIDE of S / s, and S where no position was."""
+    S = _block(weighted_sum, channels, V, columns, 1, where)
+    if DIVIDE:
+        S = S / tl.where(s > 0.0, s, 1.0)[:, None]
+    return S
 
 
 @triton.jit
@@ -114,6 +121,8 @@ def _features(x, FEATURES: tl.constexpr):
         x = tl.where(x < 0.0, 0.0, x)
     elif FEATURES == "elu":
         x = tl.where(x > 0.0, x + 1.0, tl.exp(tl.where(x > 0.0, 0.0, x)))
+    else:
+        tl.static_assert(FEATURES == "identity", "a feature map that the kernels do not know")
     return x
 
 
@@ -126,6 +135,8 @@ def _slope(weights, FEATURES: tl.constexpr):
         weights = tl.minimum(weights, 1.0)
     elif FEATURES == "identity":
         weights = tl.full(weights.shape, 1.0, tl.float32)
+    else:
+        tl.static_assert(FEATURES == "softmax", "a feature map that the kernels do not know")
     return weights
 
 
@@ -212,9 +223,9 @@ def _summarize_kernel(
     mask_item, mask_position,
     K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TILES_K: tl.constexpr, TILES_V: tl.constexpr, FEATURES: tl.constexpr, HAS_MASK: tl.constexpr,
-    PACKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, DIVIDE: tl.constexpr,
+    PACKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The summary of one split: maximum and total (R, P, K), weighted sum (R, P, K, V); divided if alone."""
+    """The summary of one split: maximum and total (R, P, K), weighted sum (R, P, K, V)."""
     row, split, tile_k, tile_v = _row_and_split(TILES_K, TILES_V, num_splits)
     item, start, length = _segment(cu_seqlens, row // heads, num_positions, PACKED)
     key += item * key_item + row % heads * key_head
@@ -256,8 +267,6 @@ def _summarize_kernel(
             weights, back = _in_range(tl.trans(x), value)
             S += _dot(weights, v, PRECISION) * back[:, None]
 
-    if DIVIDE:
-        S = _quotient(S, s)
     partial = row * num_splits + split
     if tile_v == 0:
         tl.store(maximum + partial * K + channels, m, mask=channels < K)
@@ -269,9 +278,8 @@ def _summarize_kernel(
 def _merge_kernel(
     maxima, totals, weighted_sums, maximum, total, weighted_sum, num_splits,
     K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, MOST_SPLITS: tl.constexpr,
-    DIVIDE: tl.constexpr,
 ):  # fmt: skip
-    """The splits' summaries of one channel of a row, merged in a fixed order; with DIVIDE the context."""
+    """The splits' summaries of one channel of a row, merged in a fixed order."""
     program = tl.program_id(0).to(tl.int64)
     partial = program // K * num_splits * K + program % K
     splits = tl.arange(0, MOST_SPLITS)
@@ -287,8 +295,6 @@ def _merge_kernel(
         kept = tl.exp(tl.load(maxima + partial + some * K, mask=some < num_splits, other=float("-inf")) - shift)
         where = (some < num_splits)[:, None] & (columns < V)[None, :]
         S += tl.sum(kept[:, None] * _block(weighted_sums + partial * V, some, K * V, columns, 1, where), axis=0)
-    if DIVIDE:
-        S = S / tl.where(s > 0.0, s, 1.0)
     tl.store(maximum + program, m)
     tl.store(total + program, s)
     tl.store(weighted_sum + program * V + columns, S, mask=columns < V)
@@ -366,15 +372,15 @@ def _summarize_backward_kernel(
 
 @triton.jit(do_not_specialize=["num_splits", "scale"])
 def _attend_kernel(
-    query, total, context, gate, cu_seqlens, output,
+    query, total, weighted_sum, gate, cu_seqlens, output,
     num_positions, num_splits, scale, heads,
     query_item, query_head, query_position, query_channel, gate_item, gate_head, gate_position,
     output_item, output_head, output_position, output_channel,
     K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TILES_V: tl.constexpr, FEATURES: tl.constexpr, HAS_GATE: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, DIVIDE: tl.constexpr,
 ):  # fmt: skip
-    """gate * (phi(Q) C) / (phi(Q) . z); the denominator of softmax is that of each query's own softmax."""
+    """gate * phi(Q) (S / s), or gate * (phi(Q) S) / (phi(Q) . s); softmax over channels has a denominator of its own."""
     row, split, _, tile_v = _row_and_split(1, TILES_V, num_splits)
     item, start, length = _segment(cu_seqlens, row // heads, num_positions, PACKED)
     query += item * query_item + row % heads * query_head
@@ -386,7 +392,7 @@ def _attend_kernel(
     real_channels, real_columns = (channels < K)[None, :], (columns < V)[None, :]
     z = tl.load(total + row * K + channels, mask=channels < K, other=0.0)
     where = (channels < K)[:, None] & real_columns
-    C, C_back = _in_range(_block(context + row * K * V, channels, V, columns, 1, where), query)
+    C, C_back = _in_range(_context(weighted_sum + row * K * V, z, channels, columns, where, V, DIVIDE), query)
 
     for begin in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         positions = begin + tl.arange(0, BLOCK_N)
@@ -403,7 +409,7 @@ def _attend_kernel(
 
 @triton.jit(do_not_specialize=["num_splits", "scale"])
 def _attend_backward_kernel(
-    query, total, context, gate, cu_seqlens, grad_output, grad_query, grad_gate, grad_total, grad_context,
+    query, total, weighted_sum, gate, cu_seqlens, grad_output, grad_query, grad_gate, grad_total, grad_context,
     num_positions, num_splits, scale, heads,
     query_item, query_head, query_position, query_channel, gate_item, gate_head, gate_position,
     grad_output_item, grad_output_head, grad_output_position, grad_output_channel,
@@ -412,9 +418,9 @@ def _attend_backward_kernel(
     K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TILES_V: tl.constexpr, FEATURES: tl.constexpr, HAS_GATE: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    OF_QUERY: tl.constexpr, OF_CONTEXT: tl.constexpr,
+    OF_QUERY: tl.constexpr, OF_CONTEXT: tl.constexpr, DIVIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of query and gate, and one split's of total (R, P, K) and context (R, P, K, V); see kernel/streaming.
+    """Gradients of query and gate, and one split's of total (R, P, K) and context (R, P, K, V); see streaming.py.
 
     Where the values are too wide for one block, it runs once for the queries (every program reads all columns) and
     once for the contexts (every program one tile of columns).
@@ -426,7 +432,7 @@ def _attend_backward_kernel(
     grad_query += item * grad_query_item + row % heads * grad_query_head
     gate += item * gate_item + row % heads * gate_head
     grad_gate += item * grad_gate_item + row % heads * grad_gate_head
-    context += row * K * V
+    weighted_sum += row * K * V
     first, last = _part(split, num_splits, length, BLOCK_N)
     channels = tl.arange(0, BLOCK_K)
     columns = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -434,7 +440,7 @@ def _attend_backward_kernel(
     z = tl.load(total + row * K + channels, mask=channels < K, other=0.0)
     where = (channels < K)[:, None] & real_columns
     if OF_QUERY:
-        C, C_back = _in_range(_block(context, channels, V, columns, 1, where), query)
+        C, C_back = _in_range(_context(weighted_sum, z, channels, columns, where, V, DIVIDE), query)
     if OF_CONTEXT:
         dC = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     dz = tl.zeros([BLOCK_K], tl.float32)
@@ -462,7 +468,8 @@ def _attend_backward_kernel(
                 where_more = inside[:, None] & (more < V)[None, :]
                 do = _block(grad_output, rows, grad_output_position, more, grad_output_channel, where_more)
                 where_more = (channels < K)[:, None] & (more < V)[None, :]
-                other, other_back = _in_range(_block(context, channels, V, more, 1, where_more), query)
+                wide = _context(weighted_sum, z, channels, more, where_more, V, DIVIDE)
+                other, other_back = _in_range(wide, query)
                 T += _dot(do, tl.trans(other), PRECISION) * other_back[None, :]
             share = tl.sum(weights * T, axis=1) * inverse
             if HAS_GATE:
@@ -489,13 +496,13 @@ def _attend_backward_kernel(
 
 @triton.jit(do_not_specialize=["num_splits_total", "num_splits"])
 def _merge_back_kernel(
-    grad_totals, grad_contexts, total, context, grad_total, grad_context, num_splits_total, num_splits,
+    grad_totals, grad_contexts, total, weighted_sum, grad_total, grad_sum, num_splits_total, num_splits,
     K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, MOST_SPLITS: tl.constexpr,
     DIVIDE: tl.constexpr,
 ):  # fmt: skip
-    """The splits' gradients of one channel's total and context, added in a fixed order.
+    """The gradients of one channel's total and weighted sum, from the splits', added in a fixed order.
 
-    Where the context was divided by the total, those of total and weighted sum: dS = dC / s, ds = -rowsum(C * dS).
+    With DIVIDE those of the splits are of the context C = S / s: dS = dC / s, ds = -rowsum(C * dS).
     """
     program = tl.program_id(0).to(tl.int64)
     row, channel = program // K, program % K
@@ -512,32 +519,27 @@ def _merge_back_kernel(
         )
     if DIVIDE:
         s = tl.load(total + program)
-        dC = dC / tl.where(s > 0.0, s, 1.0)
-        ds -= tl.sum(dC * tl.load(context + program * V + columns, mask=columns < V, other=0.0), axis=0)
-    tl.store(grad_context + program * V + columns, dC, mask=columns < V)
+        s = tl.where(s > 0.0, s, 1.0)
+        dC = dC / s
+        ds -= tl.sum(dC * (tl.load(weighted_sum + program * V + columns, mask=columns < V, other=0.0) / s), axis=0)
+    tl.store(grad_sum + program * V + columns, dC, mask=columns < V)
     tl.store(grad_total + program, ds)
 
 
-# Launchers: the same signatures and results as the streaming passes.
+# Launchers: the same signatures and results as those of reference.py and streaming.py.
 
 
 def summarize(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
-    feature_map: str,
+    cu_seqlens: Tensor | None,
+    name: str,
     scale: float,
-    cu_seqlens: Tensor | None = None,
     *,
     window: int = 1,
-    divide: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The maximum, total (B, H, K) and weighted sum (B, H, K, V) of keys and values, or of the means of their windows.
-
-    The feature map is "softmax", "identity" (its total is the number of positions), "relu" or "elu". The maximum means
-    something under softmax alone. With `divide` the third is the context, the weighted sum divided by the total. Packed
-    sequences have B = number of sequences.
-    """
+) -> Summary:
+    """As `reference.summarize`, of keys and values or of the means of their windows."""
     tiles = _tiles("summarize", key, value)
     shape = (in_sequences(key, cu_seqlens), key.shape[1], key.shape[3])
     rows = shape[0] * shape[1]
@@ -552,12 +554,11 @@ def summarize(
         (key, value, _bytes(key_mask, key), _starts(cu_seqlens, key), maximum, total, weighted_sum),
         (key.shape[2], splits, window, scale, key.shape[1], *key.stride(), *value.stride(), *_strides(key_mask, 2)),
         tiles,
-        FEATURES=feature_map,
+        FEATURES=name,
         HAS_MASK=key_mask is not None,
         PACKED=cu_seqlens is not None,
         WINDOWED=window > 1,
         TILES_K=tiles.num_k,
-        DIVIDE=divide and splits == 1,
     )
     if splits > 1:
         parts = (maximum, total, weighted_sum)
@@ -568,7 +569,6 @@ def summarize(
             (*parts, maximum, total, weighted_sum),
             (splits,),
             _tiles("merge", key, value),
-            DIVIDE=divide,
         )
     return maximum.view(shape), total.view(shape), weighted_sum.view(*shape, value.shape[3])
 
@@ -579,10 +579,10 @@ def summarize_backward(
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     maximum: Tensor,
-    feature_map: str,
+    name: str,
     scale: float,
-    cu_seqlens: Tensor | None = None,
     *,
     window: int = 1,
     into: tuple[Tensor, Tensor] | None = None,
@@ -602,7 +602,7 @@ def summarize_backward(
             *(*grad_key.stride(), *grad_value.stride(), *_strides(key_mask, 2)),
         ),
         tiles,
-        FEATURES=feature_map,
+        FEATURES=name,
         HAS_MASK=key_mask is not None,
         PACKED=cu_seqlens is not None,
         WINDOWED=window > 1,
@@ -612,33 +612,31 @@ def summarize_backward(
 
 def attend(
     query: Tensor,
-    total: Tensor | None,
-    context: Tensor,
+    total: Tensor,
+    weighted_sum: Tensor,
     gate: Tensor | None,
-    feature_map: str,
+    cu_seqlens: Tensor | None,
+    name: str,
     scale: float,
-    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """gate * (phi(query) context) / (phi(query) . total): (B, H, N, V), laid out in memory as the query is.
-
-    Under softmax and identity there is no total. The gate is (B, H, N) or None.
-    """
-    tiles = _tiles("attend", query, context)
-    output = empty_like_query(query, context.shape[3])
+    """As `reference.attend`, laid out in memory as the query is."""
+    tiles = _tiles("attend", query, weighted_sum)
+    output = empty_like_query(query, weighted_sum.shape[3])
     if cu_seqlens is not None:  # a position may belong to no sequence
         output.zero_()
-    context = context.contiguous()
     programs = in_sequences(query, cu_seqlens) * query.shape[1] * tiles.num_v
     splits = tiles.splits(query.device, programs, _usual_len(query, cu_seqlens), "maps")
+    sums = total.contiguous(), weighted_sum.contiguous()
     _launch(
         _attend_kernel,
         programs * splits,
-        (query, _or(total, context), context, _or(gate, query), _starts(cu_seqlens, query), output),
+        (query, *sums, _or(gate, query), _starts(cu_seqlens, query), output),
         (query.shape[2], splits, scale, query.shape[1], *query.stride(), *_strides(gate, 3), *output.stride()),
         tiles,
-        FEATURES=feature_map,
+        FEATURES=name,
         HAS_GATE=gate is not None,
         PACKED=cu_seqlens is not None,
+        DIVIDE=feature_map(name).divides_context,
     )
     return output
 
@@ -646,33 +644,29 @@ def attend(
 def attend_backward(
     grad_output: Tensor,
     query: Tensor,
-    total: Tensor | None,
-    context: Tensor,
+    total: Tensor,
+    weighted_sum: Tensor,
     gate: Tensor | None,
-    feature_map: str,
+    cu_seqlens: Tensor | None,
+    name: str,
     scale: float,
-    cu_seqlens: Tensor | None = None,
-    *,
-    divided_by: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, total, context and gate.
-
-    With the total that the context was `divided_by`, the second and third are those of total and weighted sum.
-    """
+    """Gradients of query, total, weighted sum and gate."""
     items, heads = in_sequences(query, cu_seqlens), query.shape[1]
-    context = context.contiguous()
+    sums = total.contiguous(), weighted_sum.contiguous()
     grad_query, grad_gate = _like(query, cu_seqlens), None if gate is None else _like(gate, cu_seqlens)
+    divide = feature_map(name).divides_context
 
     def run(tiles: Tiles, *, of_query: bool, of_context: bool) -> tuple[Tensor, Tensor]:
         programs = items * heads * (1 if of_query else tiles.num_v)
         splits = tiles.splits(query.device, programs, _usual_len(query, cu_seqlens), "sums")
-        grad_totals = context.new_empty((items * heads, splits, query.shape[3]))
-        grad_contexts = context.new_empty((*grad_totals.shape, context.shape[3]) if of_context else 0)
+        grad_totals = total.new_empty((items * heads, splits, query.shape[3]))
+        grad_contexts = total.new_empty((*grad_totals.shape, weighted_sum.shape[3]) if of_context else 0)
         _launch(
             _attend_backward_kernel,
             programs * splits,
             (
-                *(query, _or(total, context), context, _or(gate, query), _starts(cu_seqlens, query), grad_output),
+                *(query, *sums, _or(gate, query), _starts(cu_seqlens, query), grad_output),
                 *(grad_query, _or(grad_gate, query), grad_totals, grad_contexts),
             ),
             (
@@ -680,31 +674,31 @@ def attend_backward(
                 *(*grad_output.stride(), *grad_query.stride(), *_strides(grad_gate, 3)),
             ),
             tiles,
-            FEATURES=feature_map,
+            FEATURES=name,
             HAS_GATE=gate is not None,
             PACKED=cu_seqlens is not None,
             OF_QUERY=of_query,
             OF_CONTEXT=of_context,
+            DIVIDE=divide,
         )
         return grad_totals, grad_contexts
 
-    tiles = _tiles("back", query, context)
+    tiles = _tiles("back", query, weighted_sum)
     if in_one_pass(tiles, query.dtype):
         grad_totals, grad_contexts = run(tiles, of_query=True, of_context=True)
     else:
         grad_totals, _ = run(tiles, of_query=True, of_context=False)
-        _, grad_contexts = run(_tiles("context back", query, context), of_query=False, of_context=True)
-    grad_total = context.new_empty((items, heads, query.shape[3]))
-    grad_context = torch.empty_like(context)
+        _, grad_contexts = run(_tiles("context back", query, weighted_sum), of_query=False, of_context=True)
+    grad_total, grad_sum = (torch.empty_like(tensor) for tensor in sums)
     _launch(
         _merge_back_kernel,
         items * heads * query.shape[3],
-        (grad_totals, grad_contexts, _or(divided_by, context), context, grad_total, grad_context),
+        (grad_totals, grad_contexts, *sums, grad_total, grad_sum),
         (grad_totals.shape[1], grad_contexts.shape[1]),
-        _tiles("merge", query, context),
-        DIVIDE=divided_by is not None,
+        _tiles("merge", query, weighted_sum),
+        DIVIDE=divide,
     )
-    return grad_query, grad_total, grad_context, grad_gate
+    return grad_query, grad_total, grad_sum, grad_gate
 
 
 def _tiles(what: Pass, keys: Tensor, values: Tensor) -> Tiles:

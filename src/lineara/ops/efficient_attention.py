@@ -1,33 +1,55 @@
 """The public door of efficient attention: signatures, meaning and checks; `dispatch` picks what runs."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from lineara.ops.blocks import in_passes
 from lineara.ops.checks import (
+    Implementation,
+    Normalization,
     check_choice,
     check_cu_seqlens,
-    check_forward_mode,
     check_key_and_value,
     check_key_mask,
     check_packing,
     check_query_and_key,
+    check_query_heads,
     check_same_dtype_and_device,
     check_scale,
     check_tensor,
 )
 from lineara.ops.dispatch import choose_implementation
-from lineara.ops.efficient import operators, reference
-from lineara.ops.efficient.reference import ContextSummary, context_matrix
+from lineara.ops.linear import attention, reference
+from lineara.ops.linear.windows import Keys, Windows
 from lineara.ops.packed import in_sequences
 from lineara.ops.precision import accumulation_dtype, as_autocast, without_autocast
-from lineara.ops.sequence_parallel import name_of_group
+from lineara.ops.sequence_parallel import merge_over_group, name_of_group
 
 if TYPE_CHECKING:
     from lineara.ops.sequence_parallel import Group
 
-NORMALIZATIONS = ("softmax", "scaling")
+_FEATURE_MAPS = {"softmax": "softmax", "scaling": "identity"}
+NORMALIZATIONS = tuple(_FEATURE_MAPS)
+
+
+class ContextSummary(NamedTuple):
+    """What efficient attention keeps of a set of keys and values; `merge_contexts` joins two of them exactly.
+
+    `maximum` (m), `total` (s) and `weighted_sum` (S) hold, for every key channel k and value channel v,
+
+        m_k = max_i scale key_ik,   s_k = sum_i exp(scale key_ik - m_k),   S_kv = sum_i exp(scale key_ik - m_k) value_iv
+
+    under softmax normalisation, and m_k = 0, s_k = number of valid positions, S_kv = sum_i scale key_ik value_iv under
+    scaling. The context matrix is S / s either way. An empty set has m = -inf (softmax), s = 0 and S = 0. They are
+    float64 for float64 inputs and float32 otherwise. The maximum is a shift that cancels in S / s: no gradient flows
+    through it.
+    """
+
+    maximum: Tensor  # (batch, heads, key channels)
+    total: Tensor  # (batch, heads, key channels)
+    weighted_sum: Tensor  # (batch, heads, key channels, value channels)
+    normalization: str
+    scale: float
 
 
 def efficient_attention(
@@ -35,12 +57,12 @@ def efficient_attention(
     key: Tensor,
     value: Tensor,
     *,
-    normalization: str = "softmax",
+    normalization: Normalization = "softmax",
     scale: float = 1.0,
     key_mask: Tensor | None = None,
     cu_seqlens_query: Tensor | None = None,
     cu_seqlens_key: Tensor | None = None,
-    impl: str = "auto",
+    impl: Implementation = "auto",
     group: "Group" = None,
 ) -> Tensor:
     """Attention through a small context matrix, in time and memory linear in the number of positions.
@@ -99,27 +121,27 @@ def efficient_attention(
     check_key_mask(key_mask, key)
     check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
-    check_scale(scale)
-    group_name = name_of_group(group)
-    tensors = (query, key, value, key_mask, cu_seqlens_query, cu_seqlens_key)
-    implementation = choose_implementation("efficient_attention", impl, query, value)
-    # (Ranks must not differ in what they exchange, whichever of them holds little.)
-    if in_passes(implementation, query, key, value, always=bool(group_name) or cu_seqlens_key is not None):
-        check_forward_mode(implementation, query, key, value)
-        return operators.efficient_attention(*tensors, normalization, float(scale), group_name, implementation)[0]
-    with without_autocast(query):
-        return reference.efficient_attention(*tensors, normalization=normalization, scale=scale, group_name=group_name)
+    return attention.linear_attention(
+        "efficient_attention",
+        query,
+        Keys(key, value, key_mask, cu_seqlens_key),
+        _FEATURE_MAPS[normalization],
+        check_scale(scale),
+        cu_seqlens_query=cu_seqlens_query,
+        impl=impl,
+        group_name=name_of_group(group),
+    )
 
 
 def summarize_context(
     key: Tensor,
     value: Tensor,
     *,
-    normalization: str = "softmax",
+    normalization: Normalization = "softmax",
     scale: float = 1.0,
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    impl: str = "auto",
+    impl: Implementation = "auto",
 ) -> ContextSummary:
     """Summarise keys and values to what efficient attention needs of them, whatever their number of positions.
 
@@ -155,17 +177,11 @@ def summarize_context(
     check_key_mask(key_mask, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
     check_cu_seqlens("cu_seqlens", cu_seqlens, "key", key)
-    check_scale(scale)
+    scale = check_scale(scale)
     implementation = choose_implementation("efficient_attention", impl, key, value)
-    tensors = (key, value, key_mask, cu_seqlens)
-    if implementation != "reference":
-        check_forward_mode(implementation, key, value)
-        maximum, total, weighted_sum = operators.summarize_context(
-            *tensors, normalization, float(scale), implementation
-        )
-        return ContextSummary(maximum, total, weighted_sum, normalization, float(scale))
     with without_autocast(key):
-        return reference.summarize_context(*tensors, normalization=normalization, scale=float(scale))
+        keys, name = Keys(key, value, key_mask, cu_seqlens), _FEATURE_MAPS[normalization]
+        return ContextSummary(*attention.summarize(implementation, keys, Windows(), name, scale), normalization, scale)
 
 
 def merge_contexts(first: ContextSummary, *others: ContextSummary, group: "Group" = None) -> ContextSummary:
@@ -206,13 +222,13 @@ def merge_contexts(first: ContextSummary, *others: ContextSummary, group: "Group
                 f"{tuple(first.weighted_sum.shape)} and {tuple(other.weighted_sum.shape)}"
             )
         check_same_dtype_and_device(("context", "other context"), (first.weighted_sum, other.weighted_sum))
-        merged = reference.merge_contexts(merged, other)
+        merged = ContextSummary(*reference.merge(merged[:3], other[:3]), *first[3:])
     group_name = name_of_group(group)
-    return reference.merge_over_group(merged, group_name) if group_name else merged
+    return ContextSummary(*merge_over_group(merged[:3], group_name), *first[3:]) if group_name else merged
 
 
 def attend_context(
-    query: Tensor, context: ContextSummary, *, cu_seqlens: Tensor | None = None, impl: str = "auto"
+    query: Tensor, context: ContextSummary, *, cu_seqlens: Tensor | None = None, impl: Implementation = "auto"
 ) -> Tensor:
     """Answer queries from a summary of keys and values, as `efficient_attention` would from the keys and values.
 
@@ -240,11 +256,12 @@ def attend_context(
     _check_summary(context)
     check_cu_seqlens("cu_seqlens", cu_seqlens, "query", query)
     (query,) = as_autocast(query)
-    expected = (in_sequences(query, cu_seqlens), query.shape[1], query.shape[3])
+    check_query_heads(query.shape[1], context.total.shape[1], "context")
+    expected = (in_sequences(query, cu_seqlens), context.total.shape[1], query.shape[3])
     if tuple(context.total.shape) != expected:
         raise ValueError(
-            "query and context must have the same batch size (with cu_seqlens: number of sequences), number of heads "
-            f"and key channels, got {expected} and {tuple(context.total.shape)}"
+            "query and context must have the same batch size (with cu_seqlens: number of sequences) and number of key "
+            f"channels, got {(expected[0], expected[2])} and {(context.total.shape[0], context.total.shape[2])}"
         )
     if accumulation_dtype(query.dtype) != context.total.dtype:
         raise TypeError(
@@ -256,13 +273,11 @@ def attend_context(
             f"query and context must be on the same device, got {query.device} and {context.total.device}; "
             "move one of them"
         )
-    implementation = choose_implementation("efficient_attention", impl, query, context.weighted_sum)
-    if implementation != "reference":
-        check_forward_mode(implementation, query, context.weighted_sum)
-        matrix = context_matrix(context)
-        return operators.attend_context(query, matrix, cu_seqlens, context.normalization, context.scale, implementation)
+    _, total, weighted_sum, normalization, scale = context
+    implementation = choose_implementation("efficient_attention", impl, query, weighted_sum, total)
     with without_autocast(query):
-        return reference.attend_context(query, context, cu_seqlens)
+        name = _FEATURE_MAPS[normalization]
+        return attention.attend(implementation, query, total, weighted_sum, None, cu_seqlens, name, scale)
 
 
 def _check_summary(context: ContextSummary) -> None:

@@ -4,38 +4,35 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lineara.ops.blocks import in_passes
 from lineara.ops.checks import (
+    Implementation,
     check_choice,
-    check_forward_mode,
     check_key_and_value,
     check_key_mask,
     check_packing,
     check_query_and_key,
     check_scale,
 )
-from lineara.ops.dispatch import choose_implementation
-from lineara.ops.kernel import operators, reference
-from lineara.ops.precision import as_autocast, without_autocast
+from lineara.ops.linear import attention
+from lineara.ops.linear.feature_maps import KERNEL_MAPS, KernelMap
+from lineara.ops.linear.windows import Keys
+from lineara.ops.precision import as_autocast
 from lineara.ops.sequence_parallel import name_of_group
 
 if TYPE_CHECKING:
     from lineara.ops.sequence_parallel import Group
-
-FEATURE_MAPS = ("relu", "elu")
-
 
 def kernel_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
-    feature_map: str = "elu",
+    feature_map: KernelMap = "elu",
     scale: float = 1.0,
     key_mask: Tensor | None = None,
     cu_seqlens_query: Tensor | None = None,
     cu_seqlens_key: Tensor | None = None,
-    impl: str = "auto",
+    impl: Implementation = "auto",
     group: "Group" = None,
 ) -> Tensor:
     """Attention with a kernel in place of the softmax, in time and memory linear in the number of positions.
@@ -84,14 +81,15 @@ def kernel_attention(
     check_key_and_value(key, value)
     check_query_and_key(query, key)
     check_key_mask(key_mask, key)
-    check_choice("feature_map", feature_map, FEATURE_MAPS)
-    check_scale(scale)
+    check_choice("feature_map", feature_map, KERNEL_MAPS)
     check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
-    group_name = name_of_group(group)
-    tensors = (query, key, value, key_mask, cu_seqlens_query, cu_seqlens_key)
-    implementation = choose_implementation("kernel_attention", impl, query, value)
-    if in_passes(implementation, query, key, value, always=bool(group_name) or cu_seqlens_key is not None):
-        check_forward_mode(implementation, query, key, value)
-        return operators.kernel_attention(*tensors, feature_map, float(scale), group_name, implementation)[0]
-    with without_autocast(query):
-        return reference.kernel_attention(*tensors, feature_map=feature_map, scale=scale, group_name=group_name)
+    return attention.linear_attention(
+        "kernel_attention",
+        query,
+        Keys(key, value, key_mask, cu_seqlens_key),
+        feature_map,
+        check_scale(scale),
+        cu_seqlens_query=cu_seqlens_query,
+        impl=impl,
+        group_name=name_of_group(group),
+    )

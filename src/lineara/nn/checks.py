@@ -1,0 +1,164 @@
+"""Checks of arguments and inputs that the layers share: one sentence each, before any work."""
+
+import math
+import types
+from collections.abc import Callable
+from operator import index
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from lineara.ops.checks import check_choice
+from lineara.ops.dispatch import IMPLEMENTATIONS
+
+
+def integer(name: str, value: SupportsIndex, *, least: int | None = 1) -> int:
+    """The value as an int, numpy's integers among them; raise unless it is one, and large enough."""
+    try:
+        number = None if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def number(name: str, value: Any) -> float:
+    """The value as a float, numpy's numbers among them; raise unless it is a finite one."""
+    if isinstance(value, bool | str | bytes | Tensor) or not hasattr(value, "__float__") or getattr(value, "shape", ()):
+        raise TypeError(
+            f"{name} must be a number, got {type(value).__name__}"
+            + (
+                f"; to learn it, multiply query and key by it instead, or pass {name}.item()"
+                * isinstance(value, Tensor)
+            )
+        )
+    converted = float(value)
+    if not math.isfinite(converted):
+        raise ValueError(f"{name} must be finite, got {converted}")
+    return converted
+
+
+def probability(name: str, value: Any) -> float:
+    """The value as a float; raise unless it lies between 0 and 1."""
+    converted = number(name, value)
+    if not 0 <= converted <= 1:
+        raise ValueError(f"{name} must be a probability, from 0 to 1, got {converted}")
+    return converted
+
+
+def check_options(normalization: str, impl: str) -> None:
+    """Raise unless both are names that the operations know."""
+    check_choice("normalization", normalization, ("softmax", "scaling"))
+    check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
+
+
+def num_key_heads_of(num_heads: int, num_key_heads: SupportsIndex | None) -> int:
+    """The number of key heads; raise unless each serves equally many query heads."""
+    if num_key_heads is None:
+        return num_heads
+    number = integer("num_key_heads", num_key_heads)
+    if num_heads % number:
+        raise ValueError(f"num_heads must be divisible by num_key_heads, got {num_heads} and {number}")
+    return number
+
+
+def width_of(
+    name: str, given: SupportsIndex | None, default: int, *, num_heads: int, dim: int, formula: str = "dim"
+) -> int:
+    """The channels of all heads together; raise unless they split evenly, blaming what was given."""
+    width = default if given is None else integer(name, given)
+    if width % num_heads == 0:
+        return width
+    fitting = max(width // num_heads, 1) * num_heads
+    if given is None:
+        raise ValueError(
+            f"{name}, by default {formula}, must be divisible by num_heads, got dim={dim} and num_heads={num_heads}; "
+            f"give a {name} such as {fitting}, or another num_heads"
+        )
+    raise ValueError(
+        f"{name} must be divisible by num_heads, got {width} and {num_heads}; give {fitting}, or another num_heads"
+    )
+
+
+def check_input(name: str, tensor: Tensor, axes: tuple[str | int, ...], *, instead_of_nesting: str) -> None:
+    """Raise unless this is a dense floating-point tensor with these axes: sizes, or names of what may have any."""
+    if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must not be a nested tensor; {instead_of_nesting}")
+    fits = tensor.dim() == len(axes) and all(
+        isinstance(axis, str) or size == axis for axis, size in zip(axes, tensor.shape)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have the shape ({', '.join(map(str, axes))}), got {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
+            + ("pass .real and .imag as channels" if tensor.is_complex() else f"convert it with {name}.float()")
+        )
+
+
+def check_boolean(name: str, mask: Tensor, meaning: str) -> None:
+    """Raise unless this is a boolean tensor."""
+    if not isinstance(mask, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"{name} must be boolean ({meaning}), got {mask.dtype}; write {name} == 0 for a mask that is added to "
+            f"scores (0 and -inf), and {name} != 0 for one of ones and zeros"
+        )
+
+
+def check_layer(name: str, layer: nn.Module) -> None:
+    """Raise unless this is a layer rather than what makes one."""
+    if not isinstance(layer, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
+        given = layer.__name__ if isinstance(layer, type) else type(layer).__name__
+        raise TypeError(
+            f"{name} must be a layer, got {'the class ' if isinstance(layer, type) else ''}{given}; "
+            "make one, such as EfficientAttention(dim)"
+        )
+
+
+def check_attention_maker(attention: Callable[[int], nn.Module] | None, *, optional: bool = True) -> None:
+    """Raise unless this can be called as attention(dim) to make a layer."""
+    if attention is None and optional:
+        return
+    if isinstance(attention, nn.Module):
+        raise TypeError(
+            f"attention must be a class or a function that makes layers, got a layer, {type(attention).__name__}; "
+            f"pass the class, or lambda dim: {type(attention).__name__}(dim, ...)"
+        )
+    if not callable(attention):
+        raise TypeError(
+            f"attention must be a class or a function that makes layers, got {attention!r}; "
+            "pass a class such as EfficientAttention, or a function of dim"
+        )
+
+
+def made_by(attention: Callable[[int], nn.Module], dim: int) -> nn.Module:
+    """attention(dim); raise unless that is a layer."""
+    layer = attention(dim)
+    if not isinstance(layer, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
+        raise TypeError(f"attention must make a torch.nn.Module, got {type(layer).__name__} from attention({dim})")
+    return layer
+
+
+def with_own_name(layer: type, *methods: str) -> None:
+    """Give a class methods of its own that are the inherited ones, so that Python's errors name the class.
+
+    (A wrong argument is refused by Python under the name of the class that has the code.)
+    """
+    for method in methods:
+        found: types.FunctionType = getattr(layer, method)
+        if method in layer.__dict__:
+            continue
+        own = types.FunctionType(found.__code__, found.__globals__, method, found.__defaults__, found.__closure__)
+        own.__dict__.update(found.__dict__)
+        own.__kwdefaults__, own.__annotations__ = found.__kwdefaults__, found.__annotations__
+        own.__doc__, own.__module__ = found.__doc__, layer.__module__
+        own.__qualname__ = f"{layer.__qualname__}.{method}"
+        setattr(layer, method, own)

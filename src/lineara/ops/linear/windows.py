@@ -1,0 +1,361 @@
+"""Windows of keys and values: how they are compressed, and how heads of several resolutions are summarised.
+
+`compress` is the definition, in differentiable standard operators. The class `_Windows` is the same with nothing as
+long as the sequence kept: what a window's positions hold is read at one offset after the other, over all windows at
+once, so that no input is copied or padded, and going backward windows are compressed again.
+
+Letters in comments: B batch, H heads, h heads of one resolution, M key positions, J windows, W positions of a window,
+D channels; K key channels, V value channels.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lineara.ops.linear import reference
+from lineara.ops.linear.reference import Summary
+from lineara.ops.packed import Positions, Row, by_sequence, joined, stacked
+from lineara.ops.precision import accumulation_dtype
+from lineara.ops.tracing import is_exporting
+
+
+class Windows(NamedTuple):
+    """How keys and values become windows, head by head; without resolutions every position is its own."""
+
+    resolutions: Sequence[int] = ()
+    key_shape: Sequence[int] = ()
+    compression: str = "mean"  # or "max" or "conv"
+
+    def within(self, largest: int) -> "Windows":
+        """With no resolution beyond the longest axis of the grid: that makes a single window already."""
+        if self.compression == "conv":  # whose places in the window have numbers that depend on the resolution
+            return self
+        return self._replace(resolutions=[min(resolution, max(1, largest)) for resolution in self.resolutions])
+
+
+class Keys(NamedTuple):
+    """Keys and values, and what says which of them take part."""
+
+    key: Tensor  # (B, H, M, K)
+    value: Tensor  # (B, H, M, V)
+    key_mask: Tensor | None = None  # (B, M)
+    cu_seqlens: Tensor | None = None
+    key_weight: Tensor | None = None  # (H, K, W), under "conv"
+    value_weight: Tensor | None = None  # (H, V, W)
+
+
+def summarize(means: ModuleType, keys: Keys, windows: Windows, feature_map: str, scale: float) -> Summary:
+    """The summary over windows, or over positions, by `means`: `reference`, `streaming` or `triton_kernels`."""
+    maximum, total, weighted_sum = _over_windows(means, means.summarize, keys, windows, feature_map, scale)
+    return maximum, total, weighted_sum
+
+
+def context_of(keys: Keys, windows: Windows, feature_map: str, scale: float) -> Tensor:
+    """By the reference, the weighted sum divided by the total, (B, H, K, V), of a map that divides so."""
+    if not windows.resolutions:
+        return reference.context_of(*keys[:4], feature_map, scale)
+
+    def one(*arguments: Any) -> tuple[Tensor]:
+        return (reference.context_of(*arguments),)
+
+    return _over_windows(reference, one, keys, windows, feature_map, scale)[0]
+
+
+def _over_windows(
+    means: ModuleType,
+    compute: Callable[..., tuple[Tensor, ...]],
+    keys: Keys,
+    windows: Windows,
+    feature_map: str,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """What `compute` makes of all positions, or of the windows of every run of heads, side by side."""
+    key, value, key_mask, cu_seqlens, *weights = keys
+    if not windows.resolutions:
+        return compute(key, value, key_mask, cu_seqlens, feature_map, scale)
+    fused = _is_fused(means, windows)
+    if cu_seqlens is not None and not fused:
+
+        def of_sequence(key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Tensor, ...]:
+            sequence = windows._replace(key_shape=(key.shape[2],))
+            return _over_windows(
+                means, compute, Keys(key, value, key_mask, None, *weights), sequence, feature_map, scale
+            )
+
+        long = Positions(key), Positions(value), Positions(key_mask)
+        return tuple(stacked(by_sequence(of_sequence, cu_seqlens, *long)))
+    # (While exporting, lengths have no numbers to compare with.)
+    windows = windows if is_exporting() else windows.within(max(windows.key_shape))
+    runs = groups(windows.resolutions)
+    sizes = [heads.stop - heads.start for heads, _ in runs]
+    shrink = compress if means is reference else _compress_in_place
+    parts: list[tuple[Tensor, ...]] = []
+    # (Split, not sliced: the gradient of each slice would be a tensor of zeros for all heads.)
+    for (heads, resolution), k, v in zip(runs, torch.split(key, sizes, 1), torch.split(value, sizes, 1)):
+        if fused:
+            parts.append(compute(k, v, key_mask, cu_seqlens, feature_map, scale, window=resolution))
+        else:
+            k, mask = shrink(k, resolution, windows, _of_heads(weights[0], heads), key_mask)
+            v, _ = shrink(v, resolution, windows, _of_heads(weights[1], heads), key_mask)
+            parts.append(compute(k, v, mask, None, feature_map, scale))
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(tensors, dim=1) for tensors in zip(*parts))
+
+
+def summarize_backward(
+    means: ModuleType,
+    grad_total: Tensor,
+    grad_weighted_sum: Tensor,
+    keys: Keys,
+    maximum: Tensor,
+    windows: Windows,
+    feature_map: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of key, value and both weights."""
+    key, value, key_mask, cu_seqlens, key_weight, value_weight = keys
+    grads = grad_total, grad_weighted_sum
+    if not windows.resolutions:
+        inputs = key, value, key_mask, cu_seqlens, maximum, feature_map, scale
+        return *means.summarize_backward(*grads, *inputs), None, None
+    grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
+    grad_weights = [None if weight is None else torch.zeros_like(weight) for weight in (key_weight, value_weight)]
+    fused = _is_fused(means, windows)
+    if cu_seqlens is not None and not fused:
+
+        def one(key: Tensor, value: Tensor, key_mask: Tensor | None, *short: Tensor) -> tuple[Tensor, Tensor]:
+            sequence = windows._replace(key_shape=(key.shape[2],))
+            here = Keys(key, value, key_mask, None, key_weight, value_weight)
+            *grads, maximum = short
+            given = summarize_backward(means, *grads, here, maximum, sequence, feature_map, scale)
+            for grad, part in zip(grad_weights, given[2:]):
+                if grad is not None and part is not None:
+                    grad.add_(part)
+            return given[:2]
+
+        long = Positions(key), Positions(value), Positions(key_mask)
+        short = (Row(tensor) for tensor in (*grads, maximum))
+        joined(by_sequence(one, cu_seqlens, *long, *short), grad_key, grad_value)
+        return grad_key, grad_value, grad_weights[0], grad_weights[1]
+    windows = windows.within(max(windows.key_shape))
+    for heads, resolution in groups(windows.resolutions):
+        k, v, m, *ds = (tensor[:, heads] for tensor in (key, value, maximum, *grads))
+        into = grad_key[:, heads], grad_value[:, heads]
+        if fused:
+            options = {"window": resolution, "into": into}
+            means.summarize_backward(*ds, k, v, key_mask, cu_seqlens, m, feature_map, scale, **options)
+            continue
+        of_heads = _Windows(resolution, windows, key_mask)
+        weights = [_of_heads(weight, heads) for weight in (key_weight, value_weight)]
+        compressed = [of_heads.compress(tensor, weight) for tensor, weight in zip((k, v), weights)]
+        given = means.summarize_backward(*ds, *compressed, of_heads.mask, None, m, feature_map, scale)
+        for tensor, weight, small, grad, result, grad_weight in zip(
+            (k, v), weights, compressed, given, into, (_of_heads(grad, heads) for grad in grad_weights)
+        ):
+            of_heads.spread(grad, small, tensor, weight, result, grad_weight)
+    return grad_key, grad_value, grad_weights[0], grad_weights[1]
+
+
+def groups(resolutions: Sequence[int]) -> list[tuple[slice, int]]:
+    """Neighbouring heads of one resolution, so that they are computed together."""
+    starts = [i for i, r in enumerate(resolutions) if i == 0 or r != resolutions[i - 1]]
+    return [(slice(i, j), resolutions[i]) for i, j in zip(starts, [*starts[1:], len(resolutions)])]
+
+
+def compress(
+    tensor: Tensor, resolution: int, windows: Windows, weight: Tensor | None, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """One position in place of every window: (B, h, J, D), and which windows hold a valid one, (B, J)."""
+    kind, key_shape = windows.compression, windows.key_shape
+    if resolution == 1 and kind != "conv":
+        return tensor, key_mask
+    tensor = tensor.to(accumulation_dtype(tensor.dtype))
+    fill = -torch.inf if kind == "max" else 0.0
+    if key_mask is not None:
+        tensor = tensor.masked_fill(~key_mask[:, None, :, None], fill)
+    cut = _cut(tensor, resolution, key_shape, fill)  # (B, h, J, W, D)
+    size = resolution ** len(key_shape)
+    num_valid = exists = None
+    if key_mask is not None:
+        num_valid = _cut(key_mask[:, None, :, None], resolution, key_shape, False).sum(dim=3)  # (B, 1, J, 1)
+        exists = num_valid[:, 0, :, 0] > 0  # (B, J)
+        num_valid = num_valid.clamp_min(1).to(tensor.dtype)
+    elif is_exporting() or any(length % resolution for length in key_shape):
+        num_valid = _num_inside(tensor, resolution, key_shape)  # (J, 1)
+        if is_exporting():
+            exists = (num_valid[:, 0] > 0).expand(tensor.shape[0], -1)
+            num_valid = num_valid.clamp_min(1)
+    if kind == "max":
+        largest = cut.amax(dim=3)
+        return largest if exists is None else largest.masked_fill(~exists[:, None, :, None], 0.0), exists
+    if weight is None and num_valid is None:
+        return cut.mean(dim=3), exists
+    if weight is not None:
+        weights = weight[:, :, :size].to(tensor.dtype).mT[None, :, None]  # (1, h, 1, W, D)
+        cut = cut * (size * weights)
+    return cut.sum(dim=3) / (size if num_valid is None else num_valid), exists
+
+
+def on_grid(tensor: Tensor, sizes: Sequence[int], axis: int = 2) -> Tensor:
+    """The axis of positions as a grid: (B, h, M, D) to (B, h, *sizes, D), a view."""
+    return tensor.unflatten(axis, tuple(sizes))  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] - torch has no types for it
+
+
+def _cut(tensor: Tensor, resolution: int, key_shape: Sequence[int], fill: float) -> Tensor:
+    """(B, h, M, D) to (B, h, J, W, D): the grid of positions cut into cubes, filled up to whole ones."""
+    tensor = on_grid(tensor, key_shape)  # (B, h, *key_shape, D)
+    counts = [_num_windows(size, resolution) for size in key_shape]
+    missing = [count * resolution - size for count, size in zip(counts, key_shape)]
+    if is_exporting() or any(missing):
+        tensor = pad(tensor, [0, 0, *(side for size in reversed(missing) for side in (0, size))], value=fill)
+    for axis in range(len(counts)):
+        tensor = on_grid(tensor, (-1, resolution), axis=2 + 2 * axis)  # in the end (B, h, J1, r, J2, r, ..., D)
+    num_axes = len(key_shape)
+    tensor = tensor.movedim([3 + 2 * axis for axis in range(num_axes)], [-1 - num_axes + i for i in range(num_axes)])
+    return tensor.flatten(2 + num_axes, 1 + 2 * num_axes).flatten(2, 1 + num_axes)
+
+
+def _num_windows(size: int, resolution: int) -> int:
+    """Along one axis; while exporting one more, without a position: tracing then knows that there are at least two."""
+    return (size + (2 * resolution if is_exporting() else resolution) - 1) // resolution
+
+
+def _num_inside(like: Tensor, resolution: int, key_shape: Sequence[int]) -> Tensor:
+    """The number of positions of every window that lie on the grid: (J, 1)."""
+    inside = like.new_ones(())
+    for size in key_shape:
+        starts = torch.arange(_num_windows(size, resolution), device=like.device) * resolution
+        inside = inside[..., None] * (size - starts).clamp(min=0, max=resolution)
+    return inside.flatten()[:, None]
+
+
+def _compress_in_place(
+    tensor: Tensor, resolution: int, windows: Windows, weight: Tensor | None, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    of_heads = _Windows(resolution, windows, key_mask)
+    return of_heads.compress(tensor, weight), of_heads.mask
+
+
+def _is_fused(means: ModuleType, windows: Windows) -> bool:
+    """Whether the means compress windows themselves: the kernels do, by means over a sequence."""
+    return means.FUSES_MEANS and windows.compression == "mean" and len(windows.key_shape) == 1
+
+
+class _Windows:
+    """The windows of one resolution over the grid of key positions; `mask` says which hold a valid one, (B, J)."""
+
+    def __init__(self, resolution: int, windows: Windows, key_mask: Tensor | None) -> None:
+        self._resolution = resolution
+        self._kind = windows.compression
+        self._grid = tuple(windows.key_shape)
+        self._grid_of_windows = tuple(-(-size // resolution) for size in self._grid)
+        self._are_positions = resolution == 1 and windows.compression != "conv"
+        self._hidden = None if key_mask is None else ~key_mask[:, None, :, None]  # (B, 1, M, 1)
+        self._num_valid: Tensor | None = None
+        self.mask = key_mask
+        if key_mask is not None and not self._are_positions:
+            self._num_valid = self._count(key_mask[:, None, :, None])  # (B, 1, J, 1)
+            self.mask = self._num_valid[:, 0, :, 0] > 0
+
+    def compress(self, tensor: Tensor, weight: Tensor | None) -> Tensor:
+        """(B, h, M, D) to (B, h, J, D), in the dtype of sums; or the tensor as it is where windows are positions."""
+        if self._are_positions:
+            return tensor
+        dtype = accumulation_dtype(tensor.dtype)
+        fill = -torch.inf if self._kind == "max" else 0.0
+        result = tensor.new_full((*tensor.shape[:2], *self._grid_of_windows, tensor.shape[3]), fill, dtype=dtype)
+        for index, positions, windows in self._offsets():
+            part, target = self._visible(tensor, positions, fill), result[windows]
+            if self._kind == "max":
+                torch.maximum(target, part.to(dtype), out=target)
+            elif weight is None:
+                target.add_(part)
+            else:
+                target.addcmul_(part.to(dtype), self._row(weight, index, dtype))
+        result = result.flatten(2, -2)  # (B, h, J, D)
+        if self._kind != "max":
+            return result.mul_(self._factor(result))
+        return result if self.mask is None else result.masked_fill_(~self.mask[:, None, :, None], 0.0)
+
+    def spread(
+        self,
+        grad: Tensor,
+        compressed: Tensor,
+        tensor: Tensor,
+        weight: Tensor | None,
+        grad_tensor: Tensor,
+        grad_weight: Tensor | None,
+    ) -> None:
+        """From the gradient of the windows, (B, h, J, D), those of the tensor and the weight, into the last two."""
+        if self._are_positions:
+            grad_tensor.copy_(grad)
+            return
+        grad = grad * (self._share_of_maximum(compressed, tensor) if self._kind == "max" else self._factor(grad))
+        grad = on_grid(grad, self._grid_of_windows)
+        compressed = on_grid(compressed, self._grid_of_windows)
+        for index, positions, windows in self._offsets():
+            target, part = on_grid(grad_tensor, self._grid)[positions], grad[windows]
+            if self._kind == "max":
+                target.copy_(part * (self._visible(tensor, positions, -torch.inf) == compressed[windows]))
+                continue
+            if weight is None or grad_weight is None:
+                target.copy_(part)
+            else:
+                target.copy_(part * self._row(weight, index, part.dtype))
+                products = (part * self._visible(tensor, positions, 0.0)).flatten(2, -2)  # (B, h, J, D)
+                grad_weight[:, :, index] = products.sum(dim=(0, 2))
+            if self._hidden is not None:
+                target.masked_fill_(on_grid(self._hidden, self._grid)[positions], 0.0)
+
+    def _offsets(self) -> Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
+        """For every place in a window: its number, the positions there, and the windows that have such a position."""
+        everything = (slice(None), slice(None))
+        for offset in product(*(range(min(self._resolution, size)) for size in self._grid)):
+            index = 0
+            for start in offset:
+                index = index * self._resolution + start
+            counts = [len(range(start, size, self._resolution)) for start, size in zip(offset, self._grid)]
+            positions = tuple(slice(start, None, self._resolution) for start in offset)
+            yield index, (*everything, *positions), (*everything, *(slice(count) for count in counts))
+
+    def _visible(self, tensor: Tensor, positions: tuple[slice, ...], fill: float) -> Tensor:
+        part = on_grid(tensor, self._grid)[positions]  # (B, h, *windows, D)
+        if self._hidden is None:
+            return part
+        return part.masked_fill(on_grid(self._hidden, self._grid)[positions], fill)
+
+    def _count(self, valid: Tensor) -> Tensor:
+        """The number of valid positions of every window: (B, 1, J, 1)."""
+        result = valid.new_zeros((valid.shape[0], 1, *self._grid_of_windows, 1), dtype=torch.int32)
+        for _, positions, windows in self._offsets():
+            result[windows].add_(on_grid(valid, self._grid)[positions])
+        return result.flatten(2, -2)
+
+    def _factor(self, like: Tensor) -> Tensor:
+        """1 / n for a mean over n valid positions, W / n for a weighted sum that a mean of weight 1 / W is to equal."""
+        if self._num_valid is None:
+            self._num_valid = self._count(like.new_ones((1, 1, math.prod(self._grid), 1), dtype=torch.bool))
+        size = self._resolution ** len(self._grid) if self._kind == "conv" else 1
+        return size / self._num_valid.clamp_min(1).to(like.dtype)
+
+    def _share_of_maximum(self, compressed: Tensor, tensor: Tensor) -> Tensor:
+        """1 / the number of positions that hold the maximum of their window: (B, h, J, D)."""
+        maximum = on_grid(compressed, self._grid_of_windows)
+        result = torch.zeros_like(maximum)
+        for _, positions, windows in self._offsets():
+            result[windows].add_(self._visible(tensor, positions, -torch.inf) == maximum[windows])
+        return result.clamp_min_(1.0).reciprocal_().flatten(2, -2)
+
+    def _row(self, weight: Tensor, index: int, dtype: torch.dtype) -> Tensor:
+        """The weights (h, D, W) of one place in the window: (h, 1, ..., 1, D), as many axes as the grid has."""
+        row = weight[:, :, index].to(dtype)
+        return row.view(len(row), *(1 for _ in self._grid), -1)
+
+
+def _of_heads(weight: Tensor | None, heads: slice) -> Tensor | None:
+    return None if weight is None else weight[heads]

@@ -1,0 +1,108 @@
+"""The public door of exact dot-product attention, the quadratic baseline."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lineara.ops.checks import (
+    Implementation,
+    Normalization,
+    check_choice,
+    check_key_and_value,
+    check_key_mask,
+    check_packing,
+    check_query_and_key,
+    check_scale,
+)
+from lineara.ops.dispatch import choose_implementation
+from lineara.ops.packed import Positions, by_sequence
+from lineara.ops.precision import accumulation_dtype
+
+NORMALIZATIONS = ("softmax", "scaling")
+
+
+def softmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    normalization: Normalization = "softmax",
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens_query: Tensor | None = None,
+    cu_seqlens_key: Tensor | None = None,
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Exact dot-product attention, in time quadratic in the number of positions: the baseline.
+
+        D(Q, K, V) = softmax(scale^2 Q K^T) V            or, with normalization="scaling",    (scale^2 Q K^T / M) V
+
+    where M is the number of valid key positions. The scaling form equals `efficient_attention` with
+    `normalization="scaling"` exactly, at quadratic cost; it is the paper's non-local baseline.
+
+    Args:
+        query: (batch, heads, query positions, key channels); float64, float32, bfloat16 or float16, any strides.
+        key: (batch, heads, key positions, key channels), of the same dtype.
+        value: (batch, heads, key positions, value channels), of the same dtype.
+        normalization: `"softmax"` (over key positions) or `"scaling"`.
+        scale: multiplies both query and key. None is the field's default: (key channels) ** -0.25, so that the products
+            are divided by the square root of the key channels, under `"softmax"`; 1 under `"scaling"`.
+        key_mask: boolean (batch, key positions), True = takes part. Masked positions never leak, NaN and inf included;
+            an item without a valid position gives zeros.
+        impl: `"auto"` or `"reference"`: torch's own scaled_dot_product_attention.
+
+    Returns:
+        (batch, heads, query positions, value channels), in the dtype of the inputs.
+
+    Raises:
+        ValueError: for shapes or devices that do not fit, or an unknown `normalization` or `impl`.
+        TypeError: for dtypes that differ or are not floating point, or a mask that is not boolean.
+
+    Cost: O(N M (K + V)) time. Memory O(N M) under `"scaling"` and where torch has no fused kernel for the inputs.
+
+    Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, arXiv 1706.03762, equation 1; the scaling form is
+    Wang et al., "Non-local Neural Networks", CVPR 2018, arXiv 1711.07971, as named in arXiv 1812.01243.
+    """
+    check_key_and_value(key, value)
+    check_query_and_key(query, key)
+    check_key_mask(key_mask, key)
+    check_choice("normalization", normalization, NORMALIZATIONS)
+    check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
+    choose_implementation("softmax_attention", impl, query, value)
+    scale = None if scale is None else check_scale(scale)
+    if cu_seqlens_query is None or cu_seqlens_key is None:
+        return _attend(query, key, value, key_mask, normalization, scale)
+    queries = by_sequence(lambda query: query, cu_seqlens_query, Positions(query))
+    keys = by_sequence(lambda *keys: keys, cu_seqlens_key, Positions(key), Positions(value), Positions(key_mask))
+    outputs = [_attend(query, *of_sequence, normalization, scale) for query, of_sequence in zip(queries, keys)]
+    return torch.cat(outputs, dim=2)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, normalization: str, scale: float | None
+) -> Tensor:
+    attention_mask = None
+    if key_mask is not None:
+        hidden = ~key_mask[:, None, :, None]  # (B, 1, M, 1)
+        key, value = key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+        # An item without a valid position attends to the zeros that stand in its place, so no softmax is empty.
+        attention_mask = (key_mask | ~key_mask.any(dim=1, keepdim=True))[:, None, None, :]  # (B, 1, 1, M)
+    if key.shape[2] == 0:
+        return query.new_zeros((*query.shape[:3], value.shape[3])) + 0.0 * query.sum()
+    if normalization == "scaling":
+        return _scaling(query, key, value, 1.0 if scale is None else scale, key_mask)
+    logit_scale = query.shape[3] ** -0.5 if scale is None else scale**2
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=logit_scale, enable_gqa=grouped
+    )
+
+
+def _scaling(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
+    wide = accumulation_dtype(query.dtype)
+    # Divided where it is small: after the product a second N x M tensor would stand beside the first.
+    num_valid = key.shape[2] if key_mask is None else key_mask.sum(dim=1, dtype=wide).clamp_min(1)[:, None, None, None]
+    scaled = (query.to(wide) * (scale / num_valid)).unflatten(1, (key.shape[1], -1))  # (B, H, 1 or more, N, K)
+    key, value = (key.to(wide) * scale)[:, :, None], value.to(wide)[:, :, None]
+    products = scaled @ key.mT  # (B, H, 1 or more, N, M); masked keys are zeros
+    return (products @ value).flatten(1, 2).to(query.dtype)

@@ -1,0 +1,38 @@
+"""How a call reaches us: plainly, under torch.compile, torch.export or torch.jit.trace, or under a transform.
+
+Private names of torch stand here alone.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_exporting() -> bool:
+    """Whether a graph of standard operators is being recorded, to run without this library."""
+    return torch.compiler.is_exporting() or torch._C._is_tracing()  # pyright: ignore[reportUnknownMemberType, reportPrivateImportUsage]
+
+
+def transform_of(*tensors: Tensor | None) -> str | None:
+    """What differentiates or maps this call from outside, which operators with formulas of their own do not see."""
+    if torch._C._are_functorch_transforms_active():  # pyright: ignore - private
+        return "a torch.func transform"
+    if forward_ad._current_level >= 0:  # pyright: ignore - private
+        if any(tensor is not None and _has_tangent(tensor) for tensor in tensors):
+            return "forward-mode differentiation"
+    return None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor can be looked at here and now, and cost nothing to look at."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()  # which exporting is too
+        and not torch._C._is_tracing()  # pyright: ignore - private
+        and not torch._C._are_functorch_transforms_active()  # pyright: ignore - private
+    )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # pyright: ignore[reportUnknownMemberType]
