@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         before = earlier(options.commit, Path(folder))
         print(f"# The operations on the CPU, and those of commit {options.commit}\n")
-        print(f"float32, `impl=\"auto\"`. {environment(REPOSITORY)}\n")
+        print(f'float32, `impl="auto"`. {environment(REPOSITORY)}\n')
         print("| operation | shape | layout | passes | rounds | ms | before / now | reference / now | spread |")
         print("|---" * 9 + "|")
         for name in options.operations:

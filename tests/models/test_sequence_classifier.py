@@ -71,7 +71,7 @@ def test_without_blocks_it_is_the_head_of_the_mean_over_valid_positions():
     state = model.state_dict()
     x = state["embedding.weight"][tokens] + state["positions"][:7]
     x = (x - x.mean(dim=2, keepdim=True)) / (x.var(dim=2, keepdim=True, unbiased=False) + 1e-5).sqrt()
-    for rows, given in (((3, 5), mask), ((7, 7), None)):
+    for rows, given in (((3, 5), mask), ((3, 5), None), ((7, 7), torch.ones_like(mask))):
         mean = torch.stack([x[i, : rows[i]].mean(dim=0) for i in range(2)])
         torch.testing.assert_close(model(tokens, mask=given), model.head(mean))
 
@@ -117,7 +117,7 @@ def test_padding_is_embedded_as_zero_and_stays_so():
     assert model.embedding.weight[1:].std().item() == pytest.approx(0.02, rel=0.3)
     assert model.positions.std().item() == pytest.approx(0.02, rel=0.3)
     tokens, _ = padded([3, 5], 7)
-    model(tokens).square().sum().backward()  # without a mask, padding takes part
+    model(tokens, mask=torch.ones_like(tokens, dtype=torch.bool)).square().sum().backward()  # where padding takes part
     assert torch.equal(model.embedding.weight.grad[0], torch.zeros(6, dtype=torch.float64))
     assert model.embedding.weight.grad[tokens[0, 0]].abs().max() > 0
 
@@ -204,6 +204,18 @@ def test_more_padding_changes_nothing(attention):
 
 
 @ATTENTIONS
+@pytest.mark.parametrize("num_sequences", [1, 2])
+def test_without_a_mask_padding_is_where_tokens_are_zero(attention, num_sequences):
+    model = make(attention, num_sequences=num_sequences)
+    tokens, mask = padded([3, 11], 11) if num_sequences == 1 else pairs([(3, 7), (11, 5)], 11)
+    tokens[..., 1] = torch.where(mask[..., 1], 0, tokens[..., 1])  # padding in the middle, too
+    torch.testing.assert_close(model(tokens), model(tokens, mask=tokens != 0))
+    assert not torch.allclose(model(tokens), model(tokens, mask=mask))
+    for index in range(2):  # what pads a batch changes no other item
+        torch.testing.assert_close(model(nn.functional.pad(tokens, (0, 7)))[index], model(tokens[index, None])[0])
+
+
+@ATTENTIONS
 def test_what_padding_holds_changes_nothing(attention):
     model = make(attention)
     tokens, mask = padded([3, 11], 13)
@@ -230,7 +242,8 @@ def test_the_order_of_tokens_does_matter(attention):
 def test_an_item_of_padding_alone_gives_finite_logits_and_gradients():
     model = make()
     tokens, mask = padded([3, 0], 7)
-    logits = model(tokens, mask=mask)
+    logits = model(tokens)
+    torch.testing.assert_close(logits, model(tokens, mask=mask))
     logits.square().sum().backward()
     assert logits.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -268,6 +281,21 @@ def test_a_state_dict_rebuilds_the_network(attention, tmp_path):
     assert torch.equal(other(tokens, mask=mask), model(tokens, mask=mask))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_means_over_many_positions_are_right_in_half_precision(dtype):
+    positions = 50_000
+    model = SequenceClassifier(
+        VOCAB, CLASSES, positions, attention=EfficientAttention, dim=6, num_layers=0, dropout=0.0
+    )
+    with torch.no_grad():
+        model.norm.weight.zero_()
+        model.norm.bias.fill_(3.0)  # at every position: the sum is beyond what float16 holds
+    model.head = nn.Identity()
+    mean = model.to(dtype)(torch.ones(2, positions, dtype=torch.int64))
+    assert mean.dtype == dtype
+    torch.testing.assert_close(mean, torch.full((2, 6), 3.0, dtype=dtype), rtol=0, atol=0)
+
+
 # Wrong calls.
 
 
@@ -284,8 +312,59 @@ def test_a_wrong_mask_is_refused():
     tokens, mask = padded([3, 5], 7)
     with pytest.raises(ValueError, match=r"mask must have the shape .*\(2, 7\), got \(2, 5\)"):
         make()(tokens, mask=mask[:, :5])
-    with pytest.raises(TypeError, match=r"mask must be boolean .* got torch\.int64"):
+    with pytest.raises(
+        TypeError, match=r"^mask must be boolean \(True = a token\), got torch\.int64; write mask == 0 for"
+    ):
         make()(tokens, mask=mask.long())
+
+
+@pytest.mark.parametrize(("wrong", "got"), [(VOCAB, VOCAB), (-1, -1)])
+def test_ids_outside_the_vocabulary_are_refused(wrong, got):
+    tokens, _ = padded([3, 5], 7)
+    tokens[1, 2] = wrong
+    with pytest.raises(
+        ValueError, match=rf"^tokens must be ids from 0 to vocab_size - 1 = 10, got {got}; give a larger"
+    ):
+        make()(tokens)
+
+
+def test_tokens_that_are_no_integers_are_refused():
+    tokens, _ = padded([3, 5], 7)
+    assert torch.equal(make().eval()(tokens.int()).isfinite(), torch.ones(2, CLASSES, dtype=torch.bool))
+    for wrong, sentence in (
+        (tokens.float(), r"tokens must be int32 or int64, got torch\.float32; write tokens\.long\(\)$"),
+        (tokens.bool(), r"tokens must be int32 or int64, got torch\.bool"),
+        (tokens.tolist(), r"tokens must be a torch\.Tensor, got list$"),
+        (
+            torch.nested.nested_tensor([tokens[0], tokens[1]], layout=torch.jagged),
+            "tokens must not be a nested tensor; ",
+        ),
+    ):
+        with pytest.raises(TypeError, match=f"^{sentence}"):
+            make()(wrong)
+
+
+def test_ids_are_not_looked_at_where_that_would_break_a_graph():
+    torch._dynamo.reset()
+    model = make()
+    tokens, _ = padded([3, 5], 7)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens), model(tokens))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"dropout": 2}, ValueError, r"dropout must be a probability, from 0 to 1, got 2\.0"),
+        ({"num_layers": -1}, ValueError, "num_layers must be at least 0, got -1"),
+        ({"dim": 6.0}, TypeError, r"dim must be an integer, got 6\.0"),
+    ],
+)
+def test_impossible_options_are_refused(options, error, sentence):
+    with pytest.raises(error, match=f"^{sentence}$"):
+        make(**options)
 
 
 # Shared among processes.

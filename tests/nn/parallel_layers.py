@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
+from lineara.models import SequenceClassifier
 from lineara.nn import EfficientAttention, EncoderBlock, MultiresolutionAttention, SoftmaxAttention
 
 with warnings.catch_warnings():  # torch itself imports what it has deprecated
@@ -93,6 +95,23 @@ def refusal(name: str, mesh: Any) -> str:
     return "nothing"
 
 
+def reset() -> dict[str, Tensor]:
+    """The weights of a network made without memory, sharded, and reset."""
+    with torch.device("meta"):
+        network = SequenceClassifier(
+            11, 5, 23, attention=partial(MultiresolutionAttention, num_heads=3, compression="conv"), dim=6
+        )
+    fully_shard(network).to_empty(device="cpu")
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    with warnings.catch_warnings():  # of random numbers, whose being the same on all ranks does not matter here
+        warnings.filterwarnings("ignore", "DTensor random operators may not have complete support")
+        for module in network.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    return {key: parameter.detach().full_tensor() for key, parameter in network.named_parameters()}
+
+
 def main(rank: int, num_ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), num_ranks)
@@ -100,6 +119,7 @@ def main(rank: int, num_ranks: int, folder: Path) -> None:
     mesh = dist.device_mesh.init_device_mesh("cpu", (num_ranks,))
     found: dict[str, Any] = {name: result(split(name, mesh), name) for name in LAYERS}
     found |= {name: refusal(name, mesh) for name in REFUSED}
+    found["reset"] = reset()
     dist.barrier()
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -96,6 +96,16 @@ def test_context_and_mask_reach_the_attention_as_they_are():
     assert attention.given[2] is mask
 
 
+def test_packed_sequences_do_not_see_each_other():
+    block, ends = make(), torch.tensor([0, 5, 17])
+    x, context, _ = inputs()
+    torch.testing.assert_close(block(x[:1], cu_seqlens=ends), torch.cat([block(x[:1, :5]), block(x[:1, 5:])], dim=1))
+    across, others = make(context_dim=CONTEXT_DIM), torch.tensor([0, 11, 19])
+    parts = [across(x[:1, :5], context[:1, :11]), across(x[:1, 5:], context[:1, 11:])]
+    given = across(x[:1], context[:1], cu_seqlens=ends, context_cu_seqlens=others)
+    torch.testing.assert_close(given, torch.cat(parts, dim=1))
+
+
 def test_dropout_follows_attention_and_both_linear_maps_while_training_only():
     block = make(dropout=1.0)
     x, _, _ = inputs()
@@ -193,3 +203,34 @@ def test_inputs_of_another_shape_are_refused(shape):
     got = rf"got \({', '.join(map(str, shape))}\)$"
     with pytest.raises(ValueError, match=rf"^x must have the shape \(batch, positions, 6\), {got}"):
         make()(torch.ones(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"dropout": 1.5}, ValueError, r"dropout must be a probability, from 0 to 1, got 1\.5"),
+        ({"dropout": -0.1}, ValueError, r"dropout must be a probability, from 0 to 1, got -0\.1"),
+        ({"dropout": "0.1"}, TypeError, "dropout must be a number, got str"),
+        ({"dim": 0}, ValueError, "dim must be at least 1, got 0"),
+        ({"mlp_dim": 2.0}, TypeError, r"mlp_dim must be an integer, got 2\.0"),
+        (
+            {"attention": EfficientAttention},
+            TypeError,
+            r"attention must be a layer, got the class EfficientAttention; make one, such as EfficientAttention\(dim\)",
+        ),
+        ({"attention": "softmax"}, TypeError, "attention must be a layer, got str; make one, such as .*"),
+    ],
+)
+def test_impossible_options_are_refused(options, error, sentence):
+    with pytest.raises(error, match=f"^{sentence}$"):
+        EncoderBlock(**{"dim": 6, "attention": Identity(), **options})
+
+
+def test_what_is_no_dense_tensor_of_numbers_is_refused():
+    nested = torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(5, 6)], layout=torch.jagged)
+    with pytest.raises(
+        TypeError, match=r"^x must not be a nested tensor; .* x\.values\(\)\[None\] with cu_seqlens=x\.off"
+    ):
+        make()(nested)
+    with pytest.raises(TypeError, match=r"^x must be float64, .* got torch\.int64"):
+        make()(torch.ones(2, 17, 6, dtype=torch.int64))

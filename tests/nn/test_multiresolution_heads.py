@@ -1,5 +1,6 @@
 """What the layers of multiresolution attention share."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +36,8 @@ def tensors():
 def test_the_default_resolutions_are_powers_of_two_down_to_one():
     assert made().resolutions == (4, 2, 1)
     assert made(resolutions=[1, 5, 5]).resolutions == (1, 5, 5)
+    assert made(resolutions=np.array([1, 5, 5])).resolutions == (1, 5, 5)
+    assert made(num_key_heads=1).resolutions == (1,)
 
 
 @pytest.mark.parametrize("compression", ["mean", "max", "conv"])
@@ -96,9 +99,13 @@ def test_one_head_or_no_routing_has_no_router():
 @pytest.mark.parametrize(
     ("options", "error", "sentence"),
     [
-        ({"resolutions": [1, 2]}, ValueError, "resolutions must have one entry for each head, got 2 of them and num"),
-        ({"resolutions": [1, 2, -1]}, ValueError, "resolutions must be at least 1, got -1"),
-        ({"resolutions": [1, 2, 0.5]}, TypeError, "resolutions must be integers, got 0.5"),
+        (
+            {"resolutions": [1, 2]},
+            ValueError,
+            "resolutions must have one entry for each key head, got 2 of them and 3 heads",
+        ),
+        ({"resolutions": [1, 2, -1]}, ValueError, "each of resolutions must be at least 1, got -1"),
+        ({"resolutions": [1, 2, 0.5]}, TypeError, "each of resolutions must be an integer, got 0.5"),
         ({"resolutions": 8}, TypeError, "resolutions must be a sequence of integers or None, got 8"),
         ({"routing": None, "top_k": 4}, ValueError, "top_k must be at least 1 and at most num_heads=3, got 4"),
         ({"compression": "sum"}, ValueError, "compression must be one of 'mean', 'max', 'conv', got 'sum'"),

@@ -76,10 +76,11 @@ def test_its_gradient_lowers_the_load_of_the_fullest_head():
     router(query, None)
     before = router.last
     for _ in range(200):
-        router(query, None)
+        gate = router(query, None)  # whose graph the term is part of
         (gradient,) = torch.autograd.grad(router.last.load_balancing, router.logits.bias)
         with torch.no_grad():
             router.logits.bias -= gradient
+        del gate
     assert before.load.argmax() == 3
     assert before.load[3] > 0.3
     assert router.last.load[3] < before.load[3] - 0.1
@@ -93,6 +94,18 @@ def test_copies_and_pickles_take_the_weights_and_leave_the_decision():
         assert torch.equal(other(query, None), router(query, None))
     assert router.last is not None
     assert set(router.state_dict()) == {"logits.weight", "logits.bias"}
+
+
+def test_half_precision_counts_beyond_what_it_can_hold():
+    router = Router(7, 2, 1, dtype=torch.bfloat16)
+    with torch.no_grad():
+        router.logits.weight.zero_()
+        router.logits.bias.copy_(torch.tensor([1.0, 0.0]))
+    gate = router(torch.zeros(3, 1001, 7, dtype=torch.bfloat16), torch.arange(1001).expand(3, -1) < 1000)
+    expected = 2 * torch.tensor(1.0).sigmoid()
+    assert gate.dtype == torch.bfloat16
+    assert router.last.load.tolist() == [1.0, 0.0]
+    torch.testing.assert_close(router.last.load_balancing, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(

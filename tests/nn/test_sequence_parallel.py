@@ -1,6 +1,7 @@
 """Layers on two processes that hold parts of the positions give what one process gives."""
 
 import copy
+import pickle
 import sys
 from pathlib import Path
 
@@ -9,7 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lineara.nn import EfficientAttention, EncoderBlock, MultiresolutionAttention, SoftmaxAttention
+from lineara.models import SequenceClassifier
+from lineara.nn import (
+    EfficientAttention,
+    EfficientAttention2d,
+    EncoderBlock,
+    MultiresolutionAttention,
+    SoftmaxAttention,
+)
 from lineara.nn.multiresolution_heads import MultiresolutionHeads
 from lineara.nn.non_local_attention import NonLocalAttention2d
 from lineara.nn.sequence_attention import ShardedPositions
@@ -76,6 +84,34 @@ def test_every_attention_layer_inside_gets_the_group_and_loses_it(world_of_one):
     assert not any("group" in key or "held" in key for key in module.state_dict())
     shard_positions(module, None)
     assert [layer.group for layer in layers] == [None, None]
+
+
+def test_a_pickle_has_all_positions_again(world_of_one, tmp_path):
+    network = SequenceClassifier(11, 5, 23, attention=lambda dim: EfficientAttention(dim), dim=6)
+    for module in (
+        EfficientAttention(8),
+        EfficientAttention2d(8),
+        MultiresolutionAttention(8, 2),
+        EncoderBlock(8, EfficientAttention(8)),
+        network.shard_positions(world_of_one),
+    ):
+        shard_positions(module, world_of_one)
+        torch.save(module, tmp_path / "layer.pt")
+        for other in (
+            torch.load(tmp_path / "layer.pt", weights_only=False),
+            pickle.loads(pickle.dumps(module)),
+        ):
+            groups = [layer.group for layer in other.modules() if isinstance(layer, ShardedPositions)]
+            assert groups
+            assert not any(groups)
+        held = [layer.group for layer in module.modules() if isinstance(layer, ShardedPositions)]
+        assert all(group is world_of_one for group in held)
+    tokens = torch.randint(1, 11, (2, 17))
+    other = copy.deepcopy(network)
+    assert other._part is network._part is not None
+    other = pickle.loads(pickle.dumps(network))
+    assert other._part is None
+    torch.testing.assert_close(other.eval()(tokens), network.eval()(tokens))
 
 
 @pytest.mark.parametrize(

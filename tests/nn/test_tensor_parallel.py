@@ -55,3 +55,14 @@ def test_a_layer_for_maps_with_fewer_channels_says_that_it_cannot_be_split(kind,
         ValueError, match=rf"^{name} must have {whole.out_channels} channels, .* leave its convolutions"
     ):
         layer(torch.ones(1, 12, 3, 5))
+
+
+def test_sharded_weights_that_are_reset_are_as_they_begin(given):
+    for rank in given:
+        weights = rank["reset"]
+        assert not any(weight.isnan().any() for weight in weights.values())
+        assert (weights["embedding.weight"][0] == 0).all()
+        assert (weights["embedding.weight"][1:] != 0).all()
+        for name in ("key_weight", "value_weight"):
+            windows = weights[f"blocks.0.attention.heads.{name}"]
+            assert all((of_head == share).all() for of_head, share in zip(windows, (1 / 4, 1 / 2, 1.0)))

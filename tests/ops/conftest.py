@@ -25,15 +25,8 @@ def nan_scratch():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so small that these tests walk several, in positions and in rows."""
-    monkeypatch.setattr("lineara.ops.blocks._ONE_BLOCK_ELEMENTS", 0)
-    monkeypatch.setattr("lineara.ops.blocks._BLOCK_ELEMENTS", 700)
-    monkeypatch.setattr("lineara.ops.blocks._BLOCK_LEN", 11)
-
-
-@pytest.fixture
-def only_blocks(monkeypatch):
-    """Blocks of the usual size, however small the inputs."""
-    monkeypatch.setattr("lineara.ops.blocks._ONE_BLOCK_ELEMENTS", 0)
+    monkeypatch.setattr("lineara.ops.linear.blocks._BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr("lineara.ops.linear.blocks._BLOCK_LEN", 11)
 
 
 def _with_gradients(call: Callable[..., Tensor], tensors: Sequence[Tensor], grad_output: Tensor) -> list[Tensor]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lineara import ops
-from lineara.ops import blocks
+from lineara.ops.linear import blocks
 
 BATCH, HEADS, KEY_DIM, VALUE_DIM = 2, 3, 5, 7
 QUERIES, KEYS = 23, 29
@@ -95,7 +95,7 @@ def results(call: Call, rank: int = 0, num_ranks: int = 1, group: dist.ProcessGr
     loss = (output * like).sum()
     given = [output, *torch.autograd.grad(loss, leaves, retain_graph=True)]
     if call.twice:
-        # (These come from the reference, the ones above from the operator.)
+        # (These come from the reference, the ones above from what was asked for.)
         gradients = torch.autograd.grad(loss, leaves, create_graph=True)
         # (Of shared weights every rank has a share of the gradient only, and any function of it must be linear.)
         factors = [gradient.detach().cos() for gradient in gradients[: len(shards)]] + [3.0 for _ in shared]
@@ -301,12 +301,12 @@ def main(rank: int, num_ranks: int, folder: Path) -> None:
         found["traffic"] = {
             (title, impl, length): traffic(*call, impl, length, counter)
             for title, call in COUNTED.items()
-            for impl in ("auto", "reference")
+            for impl in ("streaming", "reference")
             for length in LENGTHS
         }
         found["halo"] = {
             impl: traffic("multiresolution_attention", MULTIRESOLUTION, impl, 16, counter)
-            for impl in ("auto", "reference")
+            for impl in ("streaming", "reference")
         }
         compiled = {title: (*COUNTED[title], dist.group.WORLD) for title in COMPILED}
         compiled["reference"] = ("efficient_attention", {"impl": "reference"}, dist.group.WORLD)

@@ -1,35 +1,83 @@
 """Which implementation runs, and why."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lineara.ops import efficient_attention, explain_implementation
+from lineara.ops import (
+    attend_context,
+    efficient_attention,
+    explain_implementation,
+    kernel_attention,
+    multiresolution_attention,
+    summarize_context,
+)
 from lineara.ops.dispatch import choose_implementation
-from lineara.ops.efficient import operators
+from lineara.ops.linear import reference, streaming, triton_kernels
 
 QUERY, KEY, VALUE = torch.randn(2, 3, 7, 5), torch.randn(2, 3, 13, 5), torch.randn(2, 3, 13, 11)
+CALLS = {
+    "efficient_attention": efficient_attention,
+    "kernel_attention": kernel_attention,
+    "multiresolution_attention": partial(multiresolution_attention, resolutions=[2, 1, 1]),
+}
+MODULES = {"reference": reference, "streaming": streaming, "triton": triton_kernels}
 
 
-def test_the_explanation_names_what_auto_picks():
-    assert explain_implementation(QUERY, KEY, VALUE).startswith("streaming: the tensors are on the CPU")
-    assert choose_implementation("efficient_attention", "auto", QUERY, VALUE) == "streaming"
+@pytest.fixture
+def ran(monkeypatch):
+    """The implementations that have computed anything since the test began."""
+    found = set()
+
+    def watch(name, compute):
+        return lambda *inputs, **options: found.add(name) or compute(*inputs, **options)
+
+    for name, module in MODULES.items():
+        for function in ("summarize", "attend", "context_of"):
+            if hasattr(module, function):
+                monkeypatch.setattr(module, function, watch(name, getattr(module, function)))
+    return found
+
+
+@pytest.mark.parametrize("impl", MODULES)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_an_explicit_choice_runs_whatever_the_size(call, impl, ran):
+    if impl == "triton" and torch.cuda.is_available():
+        pytest.skip("the interpreter is for machines without a GPU")
+    call(QUERY, KEY, VALUE, impl=impl)
+    assert ran == {impl}
+
+
+@pytest.mark.parametrize("impl", ["reference", "streaming"])
+def test_so_it_does_in_the_parts(impl, ran):
+    attend_context(QUERY, summarize_context(KEY, VALUE, impl=impl), impl=impl)
+    assert ran == {impl}
+
+
+@pytest.mark.parametrize(("limit", "picked"), [(KEY.numel(), "streaming"), (VALUE.numel(), "reference")])
+@pytest.mark.parametrize("operation", CALLS)
+def test_what_is_explained_runs(operation, limit, picked, ran, monkeypatch):
+    monkeypatch.setattr("lineara.ops.dispatch._ONE_BLOCK_ELEMENTS", limit)
+    said = explain_implementation(QUERY, KEY, VALUE, operation=operation)
+    CALLS[operation](QUERY, KEY, VALUE)
+    assert said.startswith(f"{picked}: the tensors are on the CPU and ")
+    assert ran == {picked}
+
+
+def test_the_explanation_knows_devices_and_transforms():
     on_meta = [tensor.to("meta") for tensor in (QUERY, KEY, VALUE)]
     assert explain_implementation(*on_meta).startswith("reference: the tensors are on meta")
-    assert choose_implementation("efficient_attention", "auto", on_meta[0], on_meta[2]) == "reference"
     assert explain_implementation(QUERY, KEY, VALUE, operation="softmax_attention").startswith("reference: ")
-
-
-@pytest.mark.parametrize(("impl", "streams"), [("auto", True), ("streaming", True), ("reference", False)])
-def test_what_is_chosen_runs(impl, streams, monkeypatch):
-    monkeypatch.setattr("lineara.ops.blocks._ONE_BLOCK_ELEMENTS", 0)
-    ran = []
-    operator = operators.efficient_attention
-    monkeypatch.setattr(operators, "efficient_attention", lambda *inputs: ran.append(1) or operator(*inputs))
-    efficient_attention(QUERY, KEY, VALUE, impl=impl)
-    assert bool(ran) == streams
+    said = []
+    torch.func.grad(lambda key: said.append(explain_implementation(QUERY, key, VALUE)) or key.sum())(KEY)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(VALUE, VALUE)
+        said.append(explain_implementation(QUERY, KEY, dual))
+    assert said[0] == "reference: a torch.func transform sees standard operators alone"
+    assert said[1] == "reference: forward-mode differentiation sees standard operators alone"
 
 
 def test_wrong_questions_are_named():

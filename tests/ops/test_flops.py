@@ -28,7 +28,7 @@ def counted(call):
 
 
 @pytest.mark.parametrize("impl", ["streaming", "triton"])
-def test_two_operations_are_counted_for_every_product_of_the_formula(impl, only_blocks):
+def test_two_operations_are_counted_for_every_product_of_the_formula(impl):
     forward = PRODUCTS * (7 + 13)
     for call in (efficient_attention, kernel_attention):
         assert counted(lambda call=call: call(QUERY, KEY, VALUE, impl=impl)) == (forward, 2 * forward)
@@ -40,7 +40,7 @@ def test_two_operations_are_counted_for_every_product_of_the_formula(impl, only_
     assert counted(lambda: multiresolution_attention(QUERY, KEY, VALUE, **options)) == (windows, 2 * windows)
 
 
-def test_efficient_attention_counts_what_its_plain_composition_counts(only_blocks):
+def test_efficient_attention_counts_what_its_plain_composition_counts():
     def plain():
         return QUERY.softmax(dim=3) @ (KEY.softmax(dim=2).mT @ VALUE)
 

@@ -11,9 +11,7 @@ import torch.distributed as dist
 
 from lineara import ops
 from lineara.ops import sequence_parallel
-from lineara.ops.efficient import operators as efficient
-from lineara.ops.kernel import operators as kernel
-from lineara.ops.multiresolution import operators as multiresolution
+from lineara.ops.linear import operators
 
 sys.path.insert(0, str(Path(__file__).parent))
 import sharded_calls as calls
@@ -69,7 +67,7 @@ MAXIMA = 4 * BATCH * HEADS * KEY_DIM
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("impl", ["streaming", "reference"])
 @pytest.mark.parametrize("title", COUNTED)
 def test_bytes_are_those_of_the_formula_whatever_the_number_of_positions(title, impl, length, given):
     forward = SUMS if title in ("kernel_attention", "efficient_attention scaling") or "elu" in title else MAXIMA + SUMS
@@ -79,11 +77,11 @@ def test_bytes_are_those_of_the_formula_whatever_the_number_of_positions(title, 
         forward_bytes, backward_bytes = rank["traffic"][title, impl, length]
         assert forward_bytes == {"all_reduce": forward, "all_gather_into_tensor": lengths, "batch_isend_irecv": 0}
         # The operator keeps nothing but its inputs, so it asks for the lengths again.
-        again = lengths if impl == "auto" else 0
+        again = lengths if impl == "streaming" else 0
         assert backward_bytes == {"all_reduce": backward, "all_gather_into_tensor": again, "batch_isend_irecv": 0}
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("impl", ["streaming", "reference"])
 def test_fewer_positions_travel_than_a_window_has(impl, given):
     # The second shard begins with one position of a window that began on the first.
     row = 4 * BATCH * HEADS * (KEY_DIM + VALUE_DIM)
@@ -92,7 +90,7 @@ def test_fewer_positions_travel_than_a_window_has(impl, given):
     assert forward["batch_isend_irecv"] == 14 * row
     assert first[0]["batch_isend_irecv"] == 0
     assert first[1]["batch_isend_irecv"] == 14 * row
-    assert backward["batch_isend_irecv"] == (14 * row if impl == "auto" else 0)
+    assert backward["batch_isend_irecv"] == (14 * row if impl == "streaming" else 0)
 
 
 @pytest.mark.parametrize("title", [*calls.COMPILED, "reference", "mesh"])
@@ -160,20 +158,12 @@ def test_operators_keep_the_contract_of_torch_library():
         sums = torch.randn(2, 3, 5, 7, dtype=torch.float64, requires_grad=True)
         torch.library.opcheck(sequence_parallel.sum_over_group, (total, name))
         torch.library.opcheck(sequence_parallel.maximum_over_group, (total.detach(), name))
-        torch.library.opcheck(sequence_parallel.context_over_group, (total, sums, name))
-        query, key, value = (torch.randn(2, 3, n, d, dtype=torch.float64, requires_grad=True) for n, d in SIZES)
-        torch.library.opcheck(
-            efficient.efficient_attention, (query, key, value, None, None, None, "softmax", 0.7, name, "streaming")
-        )
-        torch.library.opcheck(
-            kernel.kernel_attention, (query, key, value, None, None, None, "elu", 0.7, name, "streaming")
-        )
-        options = ([3, 2, 1], [11], "mean", "softmax", 0.7, name, "streaming")
-        torch.library.opcheck(
-            multiresolution.multiresolution_attention, (query, key, value, None, None, None, None, *options)
-        )
+        torch.library.opcheck(sequence_parallel._context_over_group, (total, sums, name))
+        _, key, value = (torch.randn(2, 3, n, d, dtype=torch.float64, requires_grad=True) for n, d in SIZES)
+        options = ("softmax", 0.7, [3, 2, 1], [11], "mean", name, "streaming")
+        torch.library.opcheck(operators.SUMMARIZE_SHARD, (key, value, None, None, None, None, *options))
         assert torch.autograd.gradgradcheck(
-            lambda *sums: sequence_parallel.context_over_group(*sums, name)[0], (total + 1.0, sums)
+            lambda *sums: sequence_parallel._context_over_group(*sums, name)[0], (total + 1.0, sums)
         )
     finally:
         dist.destroy_process_group()

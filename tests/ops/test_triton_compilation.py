@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lineara.ops.tiles import MOST_SPLITS, in_one_pass, tiles_of
+from lineara.ops.linear.tiles import MOST_SPLITS, in_one_pass, tiles_of
 
 _SHARED_MEMORY = 227 * 1024  # of a multiprocessor that one program may have
 
@@ -43,7 +43,7 @@ def main() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lineara.ops import triton_kernels as kernels
+    from lineara.ops.linear import triton_kernels as kernels
 
     numbers = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     for case in CASES:

@@ -18,9 +18,9 @@ from lineara.ops import (
     multiresolution_attention,
     summarize_context,
 )
-from lineara.ops import triton_kernels as kernels
-from lineara.ops.blocks import empty_like_query
-from lineara.ops.efficient import operators
+from lineara.ops.linear import triton_kernels as kernels
+from lineara.ops.linear.blocks import empty_like_query
+from lineara.ops.linear import operators
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -340,7 +340,7 @@ def test_padding_of_channels_takes_no_digits_from_small_weights(channels):
 def test_the_users_precision_of_float32_is_asked_for_in_either_way():
     program = (
         "import torch\n"
-        "from lineara.ops import efficient_attention, triton_kernels\n"
+        "from lineara.ops import efficient_attention\nfrom lineara.ops.linear import triton_kernels\n"
         "key = torch.randn(1, 1, 5, 16)\n"
         "print(triton_kernels._precision(key))\n"
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
@@ -358,7 +358,7 @@ def test_the_users_precision_of_float32_is_asked_for_in_either_way():
 
 
 def test_many_splits_are_merged(monkeypatch, assert_as_exact_as):
-    monkeypatch.setattr("lineara.ops.tiles._MULTIPROCESSORS_INTERPRETED", 100)
+    monkeypatch.setattr("lineara.ops.linear.tiles._MULTIPROCESSORS_INTERPRETED", 100)
     call = partial(efficient_attention, scale=0.7)
     inputs = tensors(2_500, 2_600, 17, 19, batch=1, heads=1)
     assert_as_exact_as(partial(call, impl="triton"), partial(call, impl="reference"), inputs)
@@ -389,10 +389,14 @@ def test_gradients_of_gradients():
 def test_the_operators_keep_the_contract_of_torch_library(packed):
     query, key, value = (tensor.requires_grad_() for tensor in tensors(11, 13, 5, 7, batch=1))
     packing = [torch.tensor([0, 4, n], device=DEVICE) for n in (11, 13)] if packed else [None, None]
-    options = ("softmax", 0.7, "", "triton")
-    torch.library.opcheck(operators.efficient_attention, (query, key, value, None, *packing, *options))
-    strided = query.mT.contiguous().mT
-    torch.library.opcheck(operators.efficient_attention, (strided, key, value, None, *packing, *options))
+    name_and_scale, positions = ("softmax", 0.7), ([], [], "mean")
+    torch.library.opcheck(
+        operators.SUMMARIZE, (key, value, None, packing[1], None, None, *name_and_scale, *positions, "triton")
+    )
+    items = 2 if packed else 1
+    sums = [torch.rand(items, 3, *shape, device=DEVICE).requires_grad_() for shape in ((5,), (5, 7))]
+    for query in (query, query.mT.contiguous().mT):
+        torch.library.opcheck(operators.ATTEND, (query, *sums, None, packing[0], *name_and_scale, "triton"))
 
 
 def test_compiled_calls_equal_eager_ones_for_any_length_without_compiling_again(with_gradients):
@@ -425,13 +429,15 @@ def test_autocast_casts_mixed_inputs():
     assert given.dtype == gated.dtype == torch.bfloat16
 
 
-def test_autocast_reaches_the_operator_called_directly():
-    inputs = tensors(7, 13)
+def test_autocast_reaches_the_operators_called_directly():
+    _, key, value = tensors(7, 13)
     dtype = torch.bfloat16
+    arguments = (None, None, None, None, "softmax", 1.0, [], [], "mean", "streaming")
     with torch.autocast(DEVICE, dtype):
-        given = torch.ops.lineara.efficient_attention(*inputs, None, None, None, "softmax", 1.0, "", "streaming")[0]
-    halves = [tensor.to(dtype) for tensor in inputs]
-    assert torch.equal(given, efficient_attention(*halves, impl="streaming", group=None))
+        given = torch.ops.lineara.summarize(key, value, *arguments)
+    expected = torch.ops.lineara.summarize(key.to(dtype), value.to(dtype), *arguments)
+    for one, other in zip(given, expected):
+        assert torch.equal(one, other)
 
 
 # What cannot run.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lineara.nn import EncoderBlock
 from lineara.nn.checks import check_attention_maker, check_boolean, integer, made_by, probability
+from lineara.nn.initial_values import multiply
 from lineara.nn.sequence_attention import ShardedPositions
 from lineara.nn.sequence_parallel import shard_positions
 from lineara.ops.precision import accumulation_dtype
@@ -218,7 +219,8 @@ class _TokenEmbedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=_STD)
-        self._fill_padding_idx_with_zero()
+        ids = torch.arange(self.num_embeddings, device=self.weight.device)[:, None]
+        multiply(self.weight, ids != self.padding_idx)
 
 
 class _Part(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lineara.nn.checks import integer, number
+from lineara.nn.initial_values import assign
 from lineara.nn.router import Router, Routing, checked_top_k
 from lineara.nn.sequence_attention import ShardedPositions
 from lineara.ops import multiresolution_attention
@@ -72,12 +73,11 @@ class MultiresolutionHeads(ShardedPositions):
 
     def reset_parameters(self) -> None:
         """Let the weights of windows be the mean again; the router resets its own."""
+        # In Python's numbers: a power of a resolution may be beyond those of float16.
+        means = [[[resolution**-self._num_axes]] for resolution in self.resolutions]  # (H, 1, 1)
         for weight in (self.key_weight, self.value_weight):
-            if weight is None:
-                continue
-            with torch.no_grad():  # in Python's numbers: a square of a resolution may be beyond those of float16
-                for of_head, resolution in zip(weight, self.resolutions):
-                    of_head.fill_(resolution**-self._num_axes)
+            if weight is not None:
+                assign(weight, torch.tensor(means, device=weight.device))
 
     @property
     def last_routing(self) -> Routing | None:

@@ -160,13 +160,14 @@ def check_packing(cu_seqlens_query: Tensor | None, cu_seqlens_key: Tensor | None
 
 def check_scale(scale: Any) -> float:
     """The scale as a float; raise unless it is a finite number (a tensor would get no gradient)."""
-    if isinstance(scale, bool) or not isinstance(scale, int | float | numbers.Real):
+    if isinstance(scale, bool) or not isinstance(scale, float | int | numbers.Real):
         raise TypeError(
             f"scale must be a number, got {type(scale).__name__}; to learn it, multiply query and key by it instead"
         )
-    if not abs(scale) <= _LARGEST:  # math.isfinite would break a compiled graph
+    number = float(scale)
+    if not abs(number) <= _LARGEST:  # math.isfinite would break a compiled graph
         raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
+    return number
 
 
 def check_integer(name: str, number: Any) -> int:

@@ -128,10 +128,7 @@ def _rule(operation: str, query: Tensor, value: Tensor, *others: Tensor | None) 
 
 
 def _is_large(*tensors: Tensor | None) -> bool:
-    for tensor in tensors:
-        if tensor is not None and tensor.numel() > _ONE_BLOCK_ELEMENTS:
-            return True
-    return False
+    return any(tensor is not None and tensor.numel() > _ONE_BLOCK_ELEMENTS for tensor in tensors)
 
 
 def _obstacle(query: Tensor, value: Tensor) -> str | None:

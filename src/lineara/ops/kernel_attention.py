@@ -22,6 +22,7 @@ from lineara.ops.sequence_parallel import name_of_group
 if TYPE_CHECKING:
     from lineara.ops.sequence_parallel import Group
 
+
 def kernel_attention(
     query: Tensor,
     key: Tensor,

@@ -23,7 +23,7 @@ from lineara.ops.checks import (
 )
 from lineara.ops.linear import attention
 from lineara.ops.linear.windows import Keys, Windows
-from lineara.ops.packed import Positions, by_sequence
+from lineara.ops.packed import cut
 from lineara.ops.precision import as_autocast
 from lineara.ops.sequence_parallel import name_of_group
 
@@ -145,17 +145,11 @@ def multiresolution_attention(
         keys = Keys(key, value, key_mask, cu_seqlens_key, *weights)
         return run(query, keys, grid=grid, gate=gate, cu_seqlens_query=cu_seqlens_query)
     # Every sequence has borders of its own between ranks.
-    queries = by_sequence(_together, cu_seqlens_query, Positions(query), Positions(gate))
-    keys_of = by_sequence(_together, cu_seqlens_key, Positions(key), Positions(value), Positions(key_mask))
     outputs = [
         run(q, Keys(k, v, mask, None, *weights), grid=grid._replace(key_shape=(k.shape[2],)), gate=g)
-        for (q, g), (k, v, mask) in zip(queries, keys_of)
+        for (q, g), (k, v, mask) in zip(cut(cu_seqlens_query, query, gate), cut(cu_seqlens_key, key, value, key_mask))
     ]
     return torch.cat(outputs, dim=2)
-
-
-def _together(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tensors
 
 
 def _checked_resolutions(resolutions: Sequence[int], key: Tensor) -> tuple[int, ...]:

@@ -42,6 +42,11 @@ def by_sequence(compute: Callable[..., Any], cu_seqlens: Tensor, *arguments: obj
     ]
 
 
+def cut(cu_seqlens: Tensor, *tensors: Tensor | None) -> list[Any]:
+    """Of every sequence, its positions of all tensors: a tuple of tensors, and of None where None was given."""
+    return by_sequence(lambda *parts: parts, cu_seqlens, *map(Positions, tensors))  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+
+
 def stacked(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Every sequence's results for the whole of it, (1, ...), as one item each."""
     return [torch.cat(tensors) for tensors in zip(*parts)]

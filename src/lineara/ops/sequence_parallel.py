@@ -21,8 +21,8 @@ from torch import Tensor
 
 from lineara.ops.differentiation import reference_gradients
 from lineara.ops.library import define
-from lineara.ops.linear.feature_maps import feature_map
-from lineara.ops.linear.reference import Summary, finite_shift, quotient
+from lineara.ops.linear.feature_maps import Summary, feature_map
+from lineara.ops.linear.reference import finite_shift, quotient
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

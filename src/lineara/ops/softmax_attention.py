@@ -15,7 +15,7 @@ from lineara.ops.checks import (
     check_scale,
 )
 from lineara.ops.dispatch import choose_implementation
-from lineara.ops.packed import Positions, by_sequence
+from lineara.ops.packed import cut
 from lineara.ops.precision import accumulation_dtype
 
 NORMALIZATIONS = ("softmax", "scaling")
@@ -72,9 +72,8 @@ def softmax_attention(
     scale = None if scale is None else check_scale(scale)
     if cu_seqlens_query is None or cu_seqlens_key is None:
         return _attend(query, key, value, key_mask, normalization, scale)
-    queries = by_sequence(lambda query: query, cu_seqlens_query, Positions(query))
-    keys = by_sequence(lambda *keys: keys, cu_seqlens_key, Positions(key), Positions(value), Positions(key_mask))
-    outputs = [_attend(query, *of_sequence, normalization, scale) for query, of_sequence in zip(queries, keys)]
+    sequences = zip(cut(cu_seqlens_query, query), cut(cu_seqlens_key, key, value, key_mask))
+    outputs = [_attend(q, k, v, mask, normalization, scale) for (q,), (k, v, mask) in sequences]
     return torch.cat(outputs, dim=2)
 
 
@@ -102,7 +101,9 @@ def _scaling(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: 
     wide = accumulation_dtype(query.dtype)
     # Divided where it is small: after the product a second N x M tensor would stand beside the first.
     num_valid = key.shape[2] if key_mask is None else key_mask.sum(dim=1, dtype=wide).clamp_min(1)[:, None, None, None]
-    scaled = (query.to(wide) * (scale / num_valid)).unflatten(1, (key.shape[1], -1))  # (B, H, 1 or more, N, K)
-    key, value = (key.to(wide) * scale)[:, :, None], value.to(wide)[:, :, None]
-    products = scaled @ key.mT  # (B, H, 1 or more, N, M); masked keys are zeros
-    return (products @ value).flatten(1, 2).to(query.dtype)
+    scaled = query.to(wide) * (scale / num_valid)
+    # Heads of queries that see the same keys are further queries: (B, H of keys, all their N, K).
+    shared_by = query.shape[1] // max(key.shape[1], 1)
+    scaled = scaled.reshape(key.shape[0], key.shape[1], shared_by * query.shape[2], key.shape[3])
+    products = scaled @ (key.to(wide) * scale).mT  # masked keys are zeros
+    return (products @ value.to(wide)).reshape(*query.shape[:3], value.shape[3]).to(query.dtype)

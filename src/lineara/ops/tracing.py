@@ -10,16 +10,16 @@ from torch.autograd import forward_ad
 
 def is_exporting() -> bool:
     """Whether a graph of standard operators is being recorded, to run without this library."""
-    return torch.compiler.is_exporting() or torch._C._is_tracing()  # pyright: ignore[reportUnknownMemberType, reportPrivateImportUsage]
+    return torch.compiler.is_exporting() or torch._C._is_tracing()  # pyright: ignore - private
 
 
 def transform_of(*tensors: Tensor | None) -> str | None:
     """What differentiates or maps this call from outside, which operators with formulas of their own do not see."""
     if torch._C._are_functorch_transforms_active():  # pyright: ignore - private
         return "a torch.func transform"
-    if forward_ad._current_level >= 0:  # pyright: ignore - private
-        if any(tensor is not None and _has_tangent(tensor) for tensor in tensors):
-            return "forward-mode differentiation"
+    under = forward_ad._current_level >= 0  # pyright: ignore - private
+    if under and any(tensor is not None and _has_tangent(tensor) for tensor in tensors):
+        return "forward-mode differentiation"
     return None
 
 

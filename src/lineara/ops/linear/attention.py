@@ -7,13 +7,11 @@ Every public operation of linear attention is this one, under a feature map and 
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.linear import operators, reference, windows
-from lineara.ops.linear.feature_maps import feature_map
-from lineara.ops.linear.reference import Summary
+from lineara.ops.linear.feature_maps import Summary, feature_map
 from lineara.ops.linear.windows import Keys, Windows
 from lineara.ops.precision import without_autocast
 from lineara.ops.sequence_parallel import over_group
@@ -45,9 +43,7 @@ def linear_attention(
         return attend(implementation, query, total, weighted_sum, gate, cu_seqlens_query, name, scale)
 
 
-def summarize(
-    implementation: str, keys: Keys, grid: Windows, name: str, scale: float, group_name: str = ""
-) -> Summary:
+def summarize(implementation: str, keys: Keys, grid: Windows, name: str, scale: float, group_name: str = "") -> Summary:
     """The summary of this rank's positions; windows that straddle two ranks are completed where they begin."""
     shared = bool(group_name and grid.resolutions)
     if implementation == "reference":

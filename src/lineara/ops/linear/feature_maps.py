@@ -16,6 +16,9 @@ KERNEL_MAPS: tuple[str, ...] = get_args(KernelMap)
 # What multiresolution attention takes.
 FeatureMap = Literal["softmax", KernelMap]
 
+# Of keys and values: maximum (B, H, K), total (B, H, K), weighted sum (B, H, K, V); see `reference.summarize`.
+Summary = tuple[Tensor, Tensor, Tensor]
+
 
 class Map(NamedTuple):
     """What the implementations must know of a map. Under softmax, phi of a key is exp(key - maximum over positions)."""

@@ -27,7 +27,7 @@ from lineara.ops.flops import count_flops, num_windows, products
 from lineara.ops.library import define
 from lineara.ops.linear import reference, streaming, windows
 from lineara.ops.linear.blocks import empty_like_query
-from lineara.ops.linear.reference import Summary
+from lineara.ops.linear.feature_maps import Summary
 from lineara.ops.linear.windows import Keys, Windows
 from lineara.ops.packed import in_sequences
 from lineara.ops.precision import accumulation_dtype, register_autocast
@@ -45,7 +45,8 @@ _NUM_KEYS = len(Keys._fields)
 
 def _summarize(*arguments: Any) -> Summary:
     keys, name, scale, grid, impl = _of_summary(arguments)
-    return windows.summarize(means_of(impl, keys.key, keys.value), keys, grid, name, scale)
+    maximum, *sums = windows.summarize(means_of(impl, keys.key, keys.value), keys, grid, name, scale)
+    return maximum.contiguous(), *sums  # pyright: ignore[reportReturnType] - there are two
 
 
 def _summarize_backward(grad_total: Tensor, grad_weighted_sum: Tensor, maximum: Tensor, *arguments: Any):
@@ -115,7 +116,10 @@ def _summarize_by_reference(*arguments: Any) -> Summary:
 
 def _attend(*arguments: Any) -> Tensor:
     *inputs, impl = arguments
-    return means_of(impl, arguments[0]).attend(*inputs)
+    means = means_of(impl, arguments[0])
+    output = means.attend(*inputs)
+    # (The others lay their output out as was promised to the tracer.)
+    return empty_like_query(arguments[0], output.shape[3]).copy_(output) if means is reference else output
 
 
 def _attend_backward(grad_output: Tensor, *arguments: Any):
@@ -162,17 +166,13 @@ def _in_blocks(means: ModuleType) -> ModuleType:
 # Windows over shards of positions.
 
 
-def summarize_shard(
-    means: ModuleType, keys: Keys, grid: Windows, name: str, scale: float, group_name: str
-) -> Summary:
+def summarize_shard(means: ModuleType, keys: Keys, grid: Windows, name: str, scale: float, group_name: str) -> Summary:
     """The summary of the windows that begin on this rank, after the ranks completed those that straddle a border."""
     alignment = Alignment(keys.key, keys.key_mask, grid.key_shape, grid.resolutions, group_name)
     parts = alignment.parts(keys.key, keys.value, keys.key_mask)
     grid = grid.within(alignment.largest)
     summaries = (
-        windows.summarize(
-            means, Keys(*part[:3], None, *keys[4:]), grid._replace(key_shape=part.key_shape), name, scale
-        )
+        windows.summarize(means, Keys(*part[:3], None, *keys[4:]), grid._replace(key_shape=part.key_shape), name, scale)
         for part in parts
     )
     return reduce(reference.merge, summaries)

@@ -9,7 +9,7 @@ Letters in comments: B batch, H heads, N query positions, M key positions, K key
 import torch
 from torch import Tensor
 
-from lineara.ops.linear.feature_maps import feature_map
+from lineara.ops.linear.feature_maps import Summary, feature_map
 from lineara.ops.packed import Positions, Row, by_sequence, stacked
 from lineara.ops.precision import accumulation_dtype, times_scale, widened
 from lineara.ops.tracing import is_plain
@@ -17,13 +17,11 @@ from lineara.ops.tracing import is_plain
 # Whether `summarize` takes a `window`, and compresses by means itself.
 FUSES_MEANS = False
 
-Summary = tuple[Tensor, Tensor, Tensor]  # maximum (B, H, K), total (B, H, K), weighted sum (B, H, K, V)
-
 
 def summarize(
     key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, name: str, scale: float
 ) -> Summary:
-    """Over positions, the maximum of a map that has one (else 0), the total of the weights, and that of weights * value.
+    """Over positions: the maximum of a map that has one (else 0), the sum of the weights, and that of weights * value.
 
     The total of a map that counts positions is their number. Packed sequences have B = number of sequences.
     """

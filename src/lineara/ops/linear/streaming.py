@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lineara.ops.linear.blocks import Buffer, empty_like_query, hidden_positions, row_blocks
-from lineara.ops.linear.feature_maps import Map, feature_map
-from lineara.ops.linear.reference import Summary, count_positions, finite_shift, quotient
+from lineara.ops.linear.feature_maps import Map, Summary, feature_map
+from lineara.ops.linear.reference import count_positions, finite_shift, quotient
 from lineara.ops.packed import Positions, Row, by_sequence, joined, stacked
 from lineara.ops.precision import accumulation_dtype
 

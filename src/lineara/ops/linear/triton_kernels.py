@@ -27,10 +27,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lineara.ops.linear.blocks import empty_like_query
-from lineara.ops.linear.feature_maps import feature_map
-from lineara.ops.linear.reference import Summary
-from lineara.ops.packed import in_sequences
+from lineara.ops.linear.feature_maps import Summary, feature_map
 from lineara.ops.linear.tiles import MOST_SPLITS, Pass, Tiles, in_one_pass, tiles_of
+from lineara.ops.packed import in_sequences
 
 FUSES_MEANS = True
 
@@ -121,8 +120,8 @@ def _features(x, FEATURES: tl.constexpr):
         x = tl.where(x < 0.0, 0.0, x)
     elif FEATURES == "elu":
         x = tl.where(x > 0.0, x + 1.0, tl.exp(tl.where(x > 0.0, 0.0, x)))
-    else:
-        tl.static_assert(FEATURES == "identity", "a feature map that the kernels do not know")
+    else:  # (Code behind a return is compiled too, so softmax comes here, and what becomes of it is not used.)
+        tl.static_assert(FEATURES == "identity" or FEATURES == "softmax", "a feature map that the kernels do not know")
     return x
 
 
@@ -380,7 +379,7 @@ def _attend_kernel(
     TILES_V: tl.constexpr, FEATURES: tl.constexpr, HAS_GATE: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, DIVIDE: tl.constexpr,
 ):  # fmt: skip
-    """gate * phi(Q) (S / s), or gate * (phi(Q) S) / (phi(Q) . s); softmax over channels has a denominator of its own."""
+    """gate * phi(Q) (S / s), or gate * (phi(Q) S) / (phi(Q) . s); softmax has a denominator of its own."""
     row, split, _, tile_v = _row_and_split(1, TILES_V, num_splits)
     item, start, length = _segment(cu_seqlens, row // heads, num_positions, PACKED)
     query += item * query_item + row % heads * query_head

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lineara.ops.linear import reference
-from lineara.ops.linear.reference import Summary
+from lineara.ops.linear.feature_maps import Summary
 from lineara.ops.packed import Positions, Row, by_sequence, joined, stacked
 from lineara.ops.precision import accumulation_dtype
 from lineara.ops.tracing import is_exporting
@@ -131,8 +131,8 @@ def summarize_backward(
         def one(key: Tensor, value: Tensor, key_mask: Tensor | None, *short: Tensor) -> tuple[Tensor, Tensor]:
             sequence = windows._replace(key_shape=(key.shape[2],))
             here = Keys(key, value, key_mask, None, key_weight, value_weight)
-            *grads, maximum = short
-            given = summarize_backward(means, *grads, here, maximum, sequence, feature_map, scale)
+            total, weighted_sum, maximum = short
+            given = summarize_backward(means, total, weighted_sum, here, maximum, sequence, feature_map, scale)
             for grad, part in zip(grad_weights, given[2:]):
                 if grad is not None and part is not None:
                     grad.add_(part)
