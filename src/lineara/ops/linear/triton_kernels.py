@@ -495,7 +495,7 @@ def _attend_backward_kernel(
 
 @triton.jit(do_not_specialize=["num_splits_total", "num_splits"])
 def _merge_back_kernel(
-    grad_totals, grad_contexts, total, weighted_sum, grad_total, grad_sum, num_splits_total, num_splits,
+    grad_totals, grad_contexts, total, weighted_sum, grad_total, grad_weighted_sum, num_splits_total, num_splits,
     K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr, MOST_SPLITS: tl.constexpr,
     DIVIDE: tl.constexpr,
 ):  # fmt: skip
@@ -521,7 +521,7 @@ def _merge_back_kernel(
         s = tl.where(s > 0.0, s, 1.0)
         dC = dC / s
         ds -= tl.sum(dC * (tl.load(weighted_sum + program * V + columns, mask=columns < V, other=0.0) / s), axis=0)
-    tl.store(grad_sum + program * V + columns, dC, mask=columns < V)
+    tl.store(grad_weighted_sum + program * V + columns, dC, mask=columns < V)
     tl.store(grad_total + program, ds)
 
 
