@@ -50,7 +50,7 @@ DATA_LIBRARIES = "torchvision PIL skimage sklearn scipy cv2 pycocotools faster_c
 WHICH_WAY_IMPORTS_POINT = (
     Row(r"__init__\.py", rooms="ops nn models"),
     Row(r"ops/(.*/)?triton_kernels\.py", "torch triton", rooms="ops", never="reference"),
-    Row(r"ops/(.*/)?(api|dispatch)\.py", "torch", libraries_inside_functions="triton", rooms="ops"),
+    Row(r"ops/dispatch\.py", "torch", libraries_inside_functions="triton", rooms="ops"),
     Row(r"ops/.*", "torch", rooms="ops"),
     Row(r"nn/.*", "torch", rooms="nn ops"),
     # Files of weights come in that format too; nothing depends on the package.
@@ -83,9 +83,7 @@ WHICH_WAY_IMPORTS_POINT = (
     ),
 )
 ROOMS = ("ops", "nn", "models", "tasks", "viz", "measure", "integrations", "cli")
-ROOMS_OF_SEPARATE_DRAWERS = ("ops", "tasks")
-# Not in the first plan: an operation may be made of another one, by that one's reference.py and streaming.py alone.
-BUILT_ON = {"kernel": {"efficient"}, "multiresolution": {"efficient", "kernel"}}
+ROOMS_OF_SEPARATE_DRAWERS = ("tasks",)
 
 FORBIDDEN_NAMES = ["utils", "common", "core", "helpers", "legacy", "experiments"]
 # fmt: off
@@ -228,24 +226,21 @@ def test_no_text_names_an_outside_address_or_a_path_of_one_machine() -> None:
 
 CLEAN = {
     "src/lineara/__init__.py": "import typing\nif typing.TYPE_CHECKING:\n    from . import nn, ops\n",
-    "src/lineara/ops/__init__.py": "from .efficient.api import efficient_attention\n",
-    "src/lineara/ops/dispatch.py": "def _f():\n    import triton\n    from .softmax import triton_kernels\n",
+    "src/lineara/ops/__init__.py": "from .efficient_attention import efficient_attention\n",
+    "src/lineara/ops/dispatch.py": "def _f():\n    import triton\n    from .linear import triton_kernels\n",
     "src/lineara/ops/checks.py": "import math\nimport torch._prims\n",
-    "src/lineara/ops/efficient/api.py": (
-        "from .. import checks, dispatch\nfrom .reference import forward\n"
-        "def efficient_attention():\n    from . import triton_kernels\n"
+    "src/lineara/ops/efficient_attention.py": (
+        "from . import checks, dispatch\nfrom .linear.reference import forward\ndef efficient_attention(): ...\n"
     ),
-    "src/lineara/ops/efficient/reference.py": "import torch\ndef forward(): ...\n",
-    "src/lineara/ops/efficient/triton_kernels.py": (
-        "import torch\nimport triton\nfrom ..triton_kernels import softmax\n" + "\n" * FILE_LINES
+    "src/lineara/ops/linear/reference.py": "import torch\ndef forward(): ...\n",
+    "src/lineara/ops/linear/triton_kernels.py": (
+        "import torch\nimport triton.language\nfrom .tiles import tiles_of\n" + "\n" * FILE_LINES
     ),
-    "src/lineara/ops/triton_kernels.py": "import triton.language\n",
-    "src/lineara/ops/kernel/reference.py": "from ..efficient.reference import forward\n",
-    "src/lineara/ops/softmax/api.py": "from ..checks import x\nfrom lineara.ops import kernel_attention\n",
+    "src/lineara/ops/softmax_attention.py": "from .checks import x\nfrom lineara.ops import kernel_attention\n",
     "src/lineara/nn/attention.py": "from torch import nn\nfrom lineara.ops import efficient_attention\n",
     "src/lineara/models/psmnet.py": "import torchvision.models\nfrom ..nn import EfficientAttention3d\n",
     "src/lineara/tasks/stereo_depth/task.py": "import lightning\nfrom . import data\nfrom ... import viz\n",
-    "src/lineara/tasks/stereo_depth/data.py": "import skimage\nimport lineara.ops.efficient.api\n",
+    "src/lineara/tasks/stereo_depth/data.py": "import skimage\nimport lineara.ops.efficient_attention\n",
     "src/lineara/viz/maps.py": "import matplotlib.pyplot as plt\nimport numpy as np\n",
     "src/lineara/measure/memory.py": "import tracemalloc\nfrom lineara import models\n",
     "src/lineara/integrations/timm_models.py": "import timm\nfrom lineara.nn import EfficientAttention\n",
@@ -253,9 +248,8 @@ CLEAN = {
         "import lineara\nimport jsonargparse\nfrom lineara import efficient_attention\n"
         "def main():\n    if True:\n        import torch\n"
     ),
-    "tests/ops/efficient/test_reference.py": "def test_attends(): ...\n",
-    "tests/ops/kernel/test_reference.py": "def test_attends(): ...\n",
-    "tests/ops/softmax/test_api.py": "class TestApi:\n    def test_attends(self): ...\n",
+    "tests/ops/test_efficient_attention.py": "def test_attends(): ...\n",
+    "tests/ops/test_softmax_attention.py": "class TestAttention:\n    def test_attends(self): ...\n",
     "tests/nn/test_attention.py": "def test_attends(): ...\n",
     "tests/models/test_psmnet.py": "def test_matches(): ...\n",
     "tests/tasks/stereo_depth/test_task.py": "def test_learns(): ...\n",
@@ -291,34 +285,27 @@ def test_clean_tree_passes_every_rule(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("ops/efficient/api.py", "import triton"),
-        ("ops/efficient/api.py", "from . import triton_kernels"),
-        ("ops/efficient/api.py", "if TYPE_CHECKING:\n    from .triton_kernels import launch"),
-        ("ops/efficient/api.py", "def f():\n    import lightning"),
-        ("ops/efficient/api.py", "import numpy"),
-        ("ops/efficient/api.py", "from ..softmax.reference import forward"),
-        ("ops/efficient/api.py", "from lineara.ops import softmax"),
-        ("ops/efficient/api.py", "from ... import nn"),
-        ("ops/efficient/api.py", "from lineara import efficient_attention"),
-        ("ops/efficient/api.py", "import importlib\nimportlib.import_module('triton')"),
-        ("ops/efficient/api.py", "import importlib\nimportlib.import_module('..softmax.api', __package__)"),
-        ("ops/efficient/reference.py", "def f():\n    import triton"),
-        ("ops/efficient/streaming.py", "def f():\n    from . import triton_kernels"),
-        ("ops/efficient/streaming.py", "try:\n    import triton\nexcept ImportError:\n    pass"),
+        ("ops/efficient_attention.py", "import triton"),
+        ("ops/efficient_attention.py", "from .linear import triton_kernels"),
+        ("ops/efficient_attention.py", "def f():\n    from .linear import triton_kernels"),
+        ("ops/efficient_attention.py", "if TYPE_CHECKING:\n    from .linear.triton_kernels import launch"),
+        ("ops/efficient_attention.py", "def f():\n    import lightning"),
+        ("ops/efficient_attention.py", "import numpy"),
+        ("ops/efficient_attention.py", "from .. import nn"),
+        ("ops/efficient_attention.py", "from lineara import efficient_attention"),
+        ("ops/efficient_attention.py", "import importlib\nimportlib.import_module('triton')"),
+        ("ops/linear/reference.py", "def f():\n    import triton"),
+        ("ops/linear/streaming.py", "def f():\n    from . import triton_kernels"),
+        ("ops/linear/streaming.py", "try:\n    import triton\nexcept ImportError:\n    pass"),
         ("ops/dispatch.py", "import triton"),
         ("ops/dispatch.py", "class Pick:\n    import triton"),
-        ("ops/efficient/triton_kernels.py", "from .reference import forward"),
-        ("ops/efficient/triton_kernels.py", "def f():\n    from . import reference"),
-        ("ops/softmax/triton_kernels.py", "from ..efficient.triton_kernels import launch"),
-        ("ops/kernel/reference.py", "from ..softmax.reference import forward"),
-        ("ops/kernel/api.py", "from ..efficient.api import efficient_attention"),
-        ("ops/kernel/operators.py", "from lineara.ops.efficient import operators"),
-        ("ops/efficient/reference.py", "from ..kernel.reference import features"),
+        ("ops/linear/triton_kernels.py", "from .reference import forward"),
+        ("ops/linear/triton_kernels.py", "def f():\n    from . import reference"),
         ("nn/attention.py", "from lineara.models import resnet"),
         ("nn/attention.py", "from .. import tasks"),
         ("nn/attention.py", "def f():\n    import torchvision"),
         ("nn/attention.py", "def f():\n    import triton"),
-        ("nn/attention.py", "def f():\n    from lineara.ops.efficient import triton_kernels"),
+        ("nn/attention.py", "def f():\n    from lineara.ops.linear import triton_kernels"),
         ("models/psmnet.py", "import pytorch_lightning"),
         ("models/psmnet.py", "from lightning import LightningModule"),
         ("models/psmnet.py", "from torchvision import datasets"),
@@ -338,7 +325,7 @@ def test_clean_tree_passes_every_rule(tmp_path: Path) -> None:
         ("integrations/timm_models.py", "from timm.layers import _private"),
         ("integrations/timm_models.py", "from timm._builder import build"),
         ("integrations/other.py", "import torch"),
-        ("nn/api.py", "def f():\n    from lineara.ops.efficient import triton_kernels"),
+        ("nn/api.py", "def f():\n    from lineara.ops.linear import triton_kernels"),
         ("nn/attention.py", "from importlib import import_module\nimport_module('torchvision')"),
         ("cli.py", "import torch"),
         ("cli.py", "from lineara import integrations"),
@@ -668,15 +655,13 @@ def refusal_within_package(item: Import, row: Row, path: Path, drawers_of: Mappi
     if set(parts) & set(row.never.split()):
         return "must not be imported here"
     if "triton_kernels" in parts and path.name != "triton_kernels.py":
-        if path.parts[0] != "ops" or path.name not in ("api.py", "dispatch.py"):
-            return "kernels are imported only by api.py or dispatch.py"
+        if path.as_posix() != "ops/dispatch.py":
+            return "kernels are imported only by dispatch.py"
         if not item.inside_function:
             return "kernels are imported only inside a function"
     own = path.parts[1] if len(path.parts) > 2 else None
     other = parts[1] if len(parts) > 1 and parts[1] in drawers_of.get(room, ()) else None
     if room == path.parts[0] and own and other and own != other:
-        if room == "ops" and other in BUILT_ON.get(own, ()) and parts[2:3] in (["reference"], ["streaming"]):
-            return None
         return f"the drawer {other} is not for the drawer {own}"
     return None
 
@@ -754,10 +739,11 @@ def length_violations(root: Path) -> list[str]:
 
 def missing_tests(root: Path) -> list[str]:
     package, tests = root / "src" / PACKAGE, root / "tests"
+    # Of operations every public door; what lies behind them is tested through them.
     found = [
-        f"tests/ops/{drawer}/: no test_*.py with a test of this operation"
-        for drawer in sorted(drawers(package)["ops"])
-        if not any(has_a_test(file) for file in (tests / "ops" / drawer).glob("test_*.py"))
+        f"tests/ops/test_{file.name}: missing, or without a test"
+        for file in sorted((package / "ops").glob("*_attention.py"))
+        if not has_a_test(tests / "ops" / f"test_{file.name}")
     ]
     for room in ROOMS_WITH_MIRRORED_TESTS:
         for file in sorted((package / room).rglob("[!_]*.py")):

@@ -49,6 +49,14 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, list[int]
     "sequence, one rank empty": (partial(EfficientAttention, DIM, 3), (2, 17, DIM), 1, [17, 0], None),
     "cross-attention": (partial(EfficientAttention, DIM, 3), (2, 17, DIM), 1, [4, 13], [10, 1]),
     "multiresolution cross-attention": (partial(MultiresolutionAttention, DIM, 3), (2, 17, DIM), 1, [4, 13], [10, 1]),
+    "fewer key heads": (partial(EfficientAttention, DIM, 4, num_key_heads=2), (2, 17, DIM), 1, [4, 13], None),
+    "multiresolution, fewer key heads": (
+        partial(MultiresolutionAttention, DIM, 4, num_key_heads=2, top_k=2),
+        (2, 17, DIM),
+        1,
+        [4, 13],
+        [10, 1],
+    ),
     "encoder": (_encoder, (2, 19, DIM), 1, [6, 13], None),
     "1d": (partial(EfficientAttention1d, DIM, 2), (2, DIM, 17), 2, [5, 12], None),
     "2d": (partial(EfficientAttention2d, DIM, 2), (2, DIM, 7, 5), 2, [3, 4], [5, 6]),
@@ -83,8 +91,8 @@ def results(layer: nn.Module, name: str, rank: int | None = None) -> dict[str, T
     x, weight = draw(*shape), draw(*shape)
     context = draw(*shape[:axis], sum(context_lengths), *shape[axis + 1 :]) if context_lengths else None
     mask = None
-    if axis == 1 and "encoder" not in name:
-        mask = torch.rand(shape[0], sum(context_lengths or lengths), generator=generator) > 0.3
+    if "encoder" not in name:
+        mask = torch.rand(shape[0], sum(context_lengths or lengths), *shape[3:], generator=generator) > 0.3
     if rank is not None:
         x, weight = (tensor.split(lengths, axis)[rank] for tensor in (x, weight))
         context = None if context is None else context.split(context_lengths, axis)[rank]

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,6 +95,27 @@ def test_several_layers_in_one_checkpoint_and_a_checkpoint_in_another(mode):
         return y.square().sum() + terms[0] + 7.0 * terms[1]
 
     assert_all_close(gradients(network, lambda: loss(mode), x), gradients(network, lambda: loss("plain"), x))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, of the inner checkpoint
+@EVERY_MODE
+def test_the_backward_pass_may_run_in_a_thread_of_its_own(mode):
+    """As on a GPU, where nodes made there are counted anew."""
+    layer, x = made(), inputs()
+
+    def loss(mode):
+        total, y = 0.0, x
+        for weight in (1.0, 5.0):
+            y = MODES[mode](lambda y: MODES[mode](layer, y.sin()), y)
+            total = total + weight * layer.last_routing.load_balancing
+        return y.sum() + total
+
+    expected = gradients(layer, lambda: loss("plain"), x)
+    layer.zero_grad()
+    x.grad = None
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loss(mode).backward).result()
+    assert_all_close([tensor.grad for tensor in (*layer.parameters(), x)], expected)
 
 
 @EVERY_MODE

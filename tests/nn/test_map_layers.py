@@ -240,6 +240,8 @@ def test_a_wrong_mask_is_refused(kind):
         layer(x, key_mask=torch.ones(2, x[0, 0].numel() + 1, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"^key_mask must be boolean .* got torch\.float32; write key_mask == 0 for"):
         layer(x, key_mask=torch.ones(2, *x.shape[2:]))
+    with pytest.raises(ValueError, match=r"^x and key_mask must be on the same device, got cpu and meta; move one"):
+        layer(x, key_mask=torch.ones(2, *x.shape[2:], dtype=torch.bool, device="meta"))
 
 
 @EVERY_KIND

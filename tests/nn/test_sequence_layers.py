@@ -286,9 +286,11 @@ def test_one_graph_serves_every_length_and_computes_the_same(kind, compiled):
 
 @pytest.mark.parametrize("kind", ["efficient", "multiresolution"])
 def test_it_is_exported_for_every_length(kind):
-    layer = make(kind).eval()
+    layer, (x, _) = make(kind).eval(), inputs()
+    layer(x)  # what a router has decided before must not be in the way
     lengths = {"x": {1: torch.export.Dim("n", min=2, max=1 << 20)}}
-    exported = torch.export.export(layer, (inputs()[0],), dynamic_shapes=lengths).module()
+    exported = torch.export.export(layer, (x,), dynamic_shapes=lengths).module()
+    assert type(layer.last_routing.load if kind == "multiresolution" else x) is torch.Tensor  # nothing recorded is left
     for positions in (2, 5, 64, 4099):
         x, _ = inputs(positions=positions)
         torch.testing.assert_close(exported(x), layer(x))
@@ -352,6 +354,10 @@ def test_a_wrong_mask_is_refused(kind):
         )
         with pytest.raises(TypeError, match=rf"^key_mask must be boolean .* got {wrong.dtype}; {advice}"):
             layer(*inputs(), key_mask=wrong)
+    with pytest.raises(ValueError, match=r"^key_mask must have the shape .* = \(2, 17\), got \(2, 19\)"):
+        make(kind)(inputs()[0], key_mask=torch.ones(2, 19, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"^key and key_mask must be on the same device, got cpu and meta; move one"):
+        make(kind)(inputs()[0], key_mask=torch.ones(2, 17, dtype=torch.bool, device="meta"))
 
 
 @ONE_OF_EACH

@@ -68,9 +68,7 @@ def test_operators_keep_the_contract_of_torch_library(feature_map, impl, masked,
     )
     gate = torch.rand(2, 3, 7, dtype=dtype).requires_grad_() if masked else None
     torch.library.opcheck(operators.ATTEND, (query, total, weighted_sum, gate, None, *options, impl))
-    torch.library.opcheck(
-        operators.ATTEND, (query.mT.contiguous().mT, total, weighted_sum, gate, None, *options, impl)
-    )
+    torch.library.opcheck(operators.ATTEND, (query.mT.contiguous().mT, total, weighted_sum, gate, None, *options, impl))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -194,9 +192,7 @@ def test_onnxruntime_computes_the_same(name, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     shapes = (({2: N}, {2: N}, {2: N}),)
     example = tuple(torch.randn(1, 4, 64, 8) for _ in range(3))
-    program = torch.onnx.export(
-        Call(EXPORTED[name]), example, dynamic_shapes=shapes, dynamo=True, verbose=False
-    )
+    program = torch.onnx.export(Call(EXPORTED[name]), example, dynamic_shapes=shapes, dynamo=True, verbose=False)
     assert {node.domain for node in program.model_proto.graph.node} == {""}
     program.save(tmp_path / "attention.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "attention.onnx")
@@ -287,11 +283,11 @@ def test_functional_call_under_grad_is_right():
 def test_an_explicit_choice_that_cannot_be_transformed_is_refused(name):
     query, key, value = large(7)
     call = partial(OPERATIONS[name], impl="streaming")
-    with pytest.raises(ValueError, match="^impl must be 'reference' or 'auto' under a torch.func transform, got 'str"):
+    with pytest.raises(ValueError, match=r"^impl must be 'reference' or 'auto' under a torch.func transform, got 'str"):
         torch.func.grad(lambda key: call(query, key, value).sum())(key)
     with (
         forward_ad.dual_level(),
-        pytest.raises(ValueError, match="^impl must be 'reference' or 'auto' under forward-mode differentiation, got"),
+        pytest.raises(ValueError, match=r"^impl must be 'reference' or 'auto' under forward-mode differentiation, got"),
     ):
         call(query, key, forward_ad.make_dual(value, value))
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from lineara import ops
 from lineara.ops import sequence_parallel
-from lineara.ops.linear import operators
+from lineara.ops.linear import shards
 
 sys.path.insert(0, str(Path(__file__).parent))
 import sharded_calls as calls
@@ -161,7 +161,7 @@ def test_operators_keep_the_contract_of_torch_library():
         torch.library.opcheck(sequence_parallel._context_over_group, (total, sums, name))
         _, key, value = (torch.randn(2, 3, n, d, dtype=torch.float64, requires_grad=True) for n, d in SIZES)
         options = ("softmax", 0.7, [3, 2, 1], [11], "mean", name, "streaming")
-        torch.library.opcheck(operators.SUMMARIZE_SHARD, (key, value, None, None, None, None, *options))
+        torch.library.opcheck(shards.SUMMARIZE_SHARD, (key, value, None, None, None, None, *options))
         assert torch.autograd.gradgradcheck(
             lambda *sums: sequence_parallel._context_over_group(*sums, name)[0], (total + 1.0, sums)
         )
@@ -186,7 +186,7 @@ SIZES = ((7, 5), (11, 5), (11, 13))
     ],
 )
 def test_windows_are_completed_where_they_begin(lengths, multiple, moves):
-    assert sequence_parallel._moves(lengths, multiple) == moves
+    assert shards._moves(lengths, multiple) == moves
 
 
 def test_two_processes_hold_half_of_what_one_holds():

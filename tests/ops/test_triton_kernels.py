@@ -18,9 +18,9 @@ from lineara.ops import (
     multiresolution_attention,
     summarize_context,
 )
+from lineara.ops.linear import operators
 from lineara.ops.linear import triton_kernels as kernels
 from lineara.ops.linear.blocks import empty_like_query
-from lineara.ops.linear import operators
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -395,8 +395,8 @@ def test_the_operators_keep_the_contract_of_torch_library(packed):
     )
     items = 2 if packed else 1
     sums = [torch.rand(items, 3, *shape, device=DEVICE).requires_grad_() for shape in ((5,), (5, 7))]
-    for query in (query, query.mT.contiguous().mT):
-        torch.library.opcheck(operators.ATTEND, (query, *sums, None, packing[0], *name_and_scale, "triton"))
+    for laid_out in (query, query.mT.contiguous().mT):
+        torch.library.opcheck(operators.ATTEND, (laid_out, *sums, None, packing[0], *name_and_scale, "triton"))
 
 
 def test_compiled_calls_equal_eager_ones_for_any_length_without_compiling_again(with_gradients):

@@ -169,7 +169,7 @@ class SequenceClassifier(nn.Module):
         if mask is None:
             mask = tokens != 0
         else:
-            check_boolean("mask", mask, "True = a token")
+            check_boolean("mask", mask, "True = a token", beside=("tokens", tokens))
         if mask.shape != tokens.shape:
             raise ValueError(f"mask must have the shape of tokens, {tuple(tokens.shape)}, got {tuple(mask.shape)}")
         if not pairs:

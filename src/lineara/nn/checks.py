@@ -29,13 +29,8 @@ def integer(name: str, value: SupportsIndex, *, least: int | None = 1) -> int:
 def number(name: str, value: Any) -> float:
     """The value as a float, numpy's numbers among them; raise unless it is a finite one."""
     if isinstance(value, bool | str | bytes | Tensor) or not hasattr(value, "__float__") or getattr(value, "shape", ()):
-        raise TypeError(
-            f"{name} must be a number, got {type(value).__name__}"
-            + (
-                f"; to learn it, multiply query and key by it instead, or pass {name}.item()"
-                * isinstance(value, Tensor)
-            )
-        )
+        advice = "; to learn it, multiply query and key by it instead" if name == "scale" else ""
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{advice}")
     converted = float(value)
     if not math.isfinite(converted):
         raise ValueError(f"{name} must be finite, got {converted}")
@@ -102,14 +97,19 @@ def check_input(name: str, tensor: Tensor, axes: tuple[str | int, ...], *, inste
         )
 
 
-def check_boolean(name: str, mask: Tensor, meaning: str) -> None:
-    """Raise unless this is a boolean tensor."""
+def check_boolean(name: str, mask: Tensor, meaning: str, beside: tuple[str, Tensor]) -> None:
+    """Raise unless this is a boolean tensor on the device of the named one."""
     if not isinstance(mask, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
         raise TypeError(f"{name} must be a torch.Tensor or None, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(
             f"{name} must be boolean ({meaning}), got {mask.dtype}; write {name} == 0 for a mask that is added to "
             f"scores (0 and -inf), and {name} != 0 for one of ones and zeros"
+        )
+    other, tensor = beside
+    if mask.device != tensor.device:
+        raise ValueError(
+            f"{other} and {name} must be on the same device, got {tensor.device} and {mask.device}; move one of them"
         )
 
 

@@ -83,7 +83,7 @@ class FeatureMapAttention(nn.Module):
         if context is not None:
             self._check_input("context", context)
         source = x if context is None else context
-        mask = None if key_mask is None else self._flat_mask(key_mask, source)  # (B, M)
+        mask = None if key_mask is None else self._flat_mask(key_mask, "x" if context is None else "context", source)  # (B, M)
         # Without names of their own, queries, keys and values are gone when the reprojection needs memory.
         maps = self._join_heads(
             self.attend(
@@ -136,8 +136,8 @@ class FeatureMapAttention(nn.Module):
         instead = f"pad the maps to one size, and say with key_mask which positions of {name} are theirs"
         check_input(name, maps, ("batch", self.dim, *self._axes), instead_of_nesting=instead)
 
-    def _flat_mask(self, key_mask: Tensor, source: Tensor) -> Tensor:
-        check_boolean("key_mask", key_mask, "True = takes part")
+    def _flat_mask(self, key_mask: Tensor, name: str, source: Tensor) -> Tensor:
+        check_boolean("key_mask", key_mask, "True = takes part", beside=(name, source))
         expected = (source.shape[0], *source.shape[2:])
         if tuple(key_mask.shape) != expected:
             raise ValueError(

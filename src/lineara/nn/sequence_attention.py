@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lineara.nn.checks import check_boolean, check_input, integer, num_key_heads_of, width_of, with_own_name
-from lineara.ops.checks import check_cu_seqlens
+from lineara.nn.checks import check_input, integer, num_key_heads_of, width_of, with_own_name
+from lineara.ops.checks import check_cu_seqlens, check_key_mask
 
 if TYPE_CHECKING:
     from lineara.ops.sequence_parallel import Group
@@ -97,8 +97,6 @@ class SequenceAttention(nn.Module):
                 f"context must be given when context_dim differs from dim, got context_dim={self.context_dim}, "
                 f"dim={self.dim} and no context"
             )
-        if key_mask is not None:
-            check_boolean("key_mask", key_mask, "True = takes part")
         self._check_packing(x, context, cu_seqlens, context_cu_seqlens)
         query_mask = None
         if context is None:
@@ -108,6 +106,7 @@ class SequenceAttention(nn.Module):
         key = self._split_heads("key", self.key(context), key_width)  # (B, H, M, K)
         value = self._split_heads("value", self.value(context), value_width)  # (B, H, M, V)
         self._check_heads(query.shape[1], key.shape[1], value.shape[1])
+        check_key_mask(key_mask, key)  # here, because a router counts queries by it before the operation sees it
         attended = self.attend(
             query,
             key,

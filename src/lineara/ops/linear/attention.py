@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lineara.ops.dispatch import choose_implementation
-from lineara.ops.linear import operators, reference, windows
+from lineara.ops.linear import operators, reference, shards, windows
 from lineara.ops.linear.feature_maps import Summary, feature_map
 from lineara.ops.linear.windows import Keys, Windows
 from lineara.ops.precision import without_autocast
@@ -49,10 +49,10 @@ def summarize(implementation: str, keys: Keys, grid: Windows, name: str, scale: 
     if implementation == "reference":
         if not shared:
             return windows.summarize(reference, keys, grid, name, scale)
-        return operators.summarize_shard(reference, keys, grid, name, scale, group_name)
+        return shards.summarize_shard(reference, keys, grid, name, scale, group_name)
     options: list[Any] = [list(grid.resolutions), list(grid.key_shape), grid.compression]
     if shared:
-        return operators.SUMMARIZE_SHARD(*keys, name, scale, *options, group_name, implementation)
+        return shards.SUMMARIZE_SHARD(*keys, name, scale, *options, group_name, implementation)
     return operators.SUMMARIZE(*keys, name, scale, *options, implementation)
 
 

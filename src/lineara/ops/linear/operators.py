@@ -4,9 +4,6 @@ torch.compile, selective checkpointing and FLOP counters see one opaque node for
 of blocks is compiled in: where "auto" leaves the choice to the size, it is made in here. Where gradients of gradients
 are asked for, the backward pass is that of the reference.
 
-`lineara::summarize_shard` is `summarize` for windows that may straddle the borders of shards of positions: it also
-moves the positions of such windows between ranks.
-
 (torch.library.custom_op would do, but its first call imports torch._dynamo: 2 seconds and 180 MB.)
 """
 
@@ -14,7 +11,6 @@ moves the positions of such windows between ranks.
 # (torch.library types its registrations only in part)
 
 from collections.abc import Sequence
-from functools import reduce
 from types import ModuleType
 from typing import Any
 
@@ -31,11 +27,10 @@ from lineara.ops.linear.feature_maps import Summary
 from lineara.ops.linear.windows import Keys, Windows
 from lineara.ops.packed import in_sequences
 from lineara.ops.precision import accumulation_dtype, register_autocast
-from lineara.ops.sequence_parallel import Alignment
 
-_KEYS = "Tensor key, Tensor value, Tensor? key_mask, Tensor? cu_seqlens, Tensor? key_weight, Tensor? value_weight"
-_MAP = "str feature_map, float scale"
-_WINDOWS = "SymInt[] resolutions, SymInt[] key_shape, str compression"
+KEYS = "Tensor key, Tensor value, Tensor? key_mask, Tensor? cu_seqlens, Tensor? key_weight, Tensor? value_weight"
+MAP = "str feature_map, float scale"
+WINDOWS = "SymInt[] resolutions, SymInt[] key_shape, str compression"
 _QUERY = "Tensor query, Tensor total, Tensor weighted_sum, Tensor? gate, Tensor? cu_seqlens"
 _NUM_KEYS = len(Keys._fields)
 
@@ -44,48 +39,48 @@ _NUM_KEYS = len(Keys._fields)
 
 
 def _summarize(*arguments: Any) -> Summary:
-    keys, name, scale, grid, impl = _of_summary(arguments)
+    keys, name, scale, grid, impl = of_summary(arguments)
     maximum, *sums = windows.summarize(means_of(impl, keys.key, keys.value), keys, grid, name, scale)
     return maximum.contiguous(), *sums  # pyright: ignore[reportReturnType] - there are two
 
 
 def _summarize_backward(grad_total: Tensor, grad_weighted_sum: Tensor, maximum: Tensor, *arguments: Any):
-    keys, name, scale, grid, impl = _of_summary(arguments)
-    means = _in_blocks(means_of(impl, keys.key, keys.value))
+    keys, name, scale, grid, impl = of_summary(arguments)
+    means = in_blocks(means_of(impl, keys.key, keys.value))
     given = windows.summarize_backward(means, grad_total, grad_weighted_sum, keys, maximum, grid, name, scale)
     # (An empty tensor for a weight that is not there: an operator returns tensors.)
     return tuple(keys.key.new_empty(0) if grad is None else grad for grad in given)
 
 
-def _of_summary(arguments: Sequence[Any]) -> tuple[Keys, str, float, Windows, str]:
+def of_summary(arguments: Sequence[Any]) -> tuple[Keys, str, float, Windows, str]:
     *_, resolutions, key_shape, compression, impl = arguments
     keys, (name, scale) = Keys(*arguments[:_NUM_KEYS]), arguments[_NUM_KEYS : _NUM_KEYS + 2]
     return keys, name, scale, Windows(resolutions, key_shape, compression), impl
 
 
-def _fake_summary(key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, *_: Any):
+def fake_summary(key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, *_: Any):
     shape = (in_sequences(key, cu_seqlens), key.shape[1], key.shape[3])
     maximum = key.new_empty(shape, dtype=accumulation_dtype(key.dtype))
     return maximum, torch.empty_like(maximum), maximum.new_empty((*shape, value.shape[3]))
 
 
-def _fake_summary_gradients(grad_total: Tensor, grad_weighted_sum: Tensor, maximum: Tensor, *keys: Any):
+def fake_summary_gradients(grad_total: Tensor, grad_weighted_sum: Tensor, maximum: Tensor, *keys: Any):
     key, value, _, _, *weights = keys[:_NUM_KEYS]
     like = (key.new_empty(0) if weight is None else torch.empty_like(weight) for weight in weights)
     return torch.empty_like(key), torch.empty_like(value), *like
 
 
-def _save_summary(ctx: Any, inputs: tuple[Any, ...], output: Summary) -> None:
+def save_summary(ctx: Any, inputs: tuple[Any, ...], output: Summary) -> None:
     ctx.options = inputs[_NUM_KEYS:]
     ctx.save_for_backward(*inputs[:_NUM_KEYS], output[0])
     ctx.mark_non_differentiable(output[0])
 
 
 def _summary_gradients(ctx: Any, _: Tensor, grad_total: Tensor, grad_weighted_sum: Tensor):
-    return _gradients_of_summary(ctx, grad_total, grad_weighted_sum, SUMMARIZE_BACKWARD, _summarize_by_reference)
+    return gradients_of_summary(ctx, grad_total, grad_weighted_sum, SUMMARIZE_BACKWARD, _summarize_by_reference)
 
 
-def _gradients_of_summary(ctx: Any, grad_total: Tensor, grad_weighted_sum: Tensor, backward: Any, again: Any):
+def gradients_of_summary(ctx: Any, grad_total: Tensor, grad_weighted_sum: Tensor, backward: Any, again: Any):
     """For key, value and the weights; None for everything else."""
     *keys, maximum = ctx.saved_tensors
     if torch.is_grad_enabled():
@@ -107,7 +102,7 @@ def _gradients_of_summary(ctx: Any, grad_total: Tensor, grad_weighted_sum: Tenso
 
 
 def _summarize_by_reference(*arguments: Any) -> Summary:
-    keys, name, scale, grid, _ = _of_summary(arguments)
+    keys, name, scale, grid, _ = of_summary(arguments)
     return windows.summarize(reference, keys, grid, name, scale)
 
 
@@ -124,7 +119,7 @@ def _attend(*arguments: Any) -> Tensor:
 
 def _attend_backward(grad_output: Tensor, *arguments: Any):
     *inputs, impl = arguments
-    *given, grad_gate = _in_blocks(means_of(impl, arguments[0])).attend_backward(grad_output, *inputs)
+    *given, grad_gate = in_blocks(means_of(impl, arguments[0])).attend_backward(grad_output, *inputs)
     return *given, arguments[0].new_empty(0) if grad_gate is None else grad_gate
 
 
@@ -158,107 +153,39 @@ def _gradients_of_answers(ctx: Any, grad_output: Tensor):
     return *given[:3], None if tensors[3] is None else given[3], None, *((None,) * len(ctx.options))
 
 
-def _in_blocks(means: ModuleType) -> ModuleType:
+def in_blocks(means: ModuleType) -> ModuleType:
     """What has backward passes: streaming for the reference, whose are autograd's."""
     return streaming if means is reference else means
 
 
-# Windows over shards of positions.
-
-
-def summarize_shard(means: ModuleType, keys: Keys, grid: Windows, name: str, scale: float, group_name: str) -> Summary:
-    """The summary of the windows that begin on this rank, after the ranks completed those that straddle a border."""
-    alignment = Alignment(keys.key, keys.key_mask, grid.key_shape, grid.resolutions, group_name)
-    parts = alignment.parts(keys.key, keys.value, keys.key_mask)
-    grid = grid.within(alignment.largest)
-    summaries = (
-        windows.summarize(means, Keys(*part[:3], None, *keys[4:]), grid._replace(key_shape=part.key_shape), name, scale)
-        for part in parts
-    )
-    return reduce(reference.merge, summaries)
-
-
-def _summarize_shard(*arguments: Any) -> Summary:
-    *summary, group_name, impl = arguments
-    keys, name, scale, grid, _ = _of_summary((*summary, impl))
-    return summarize_shard(means_of(impl, keys.key, keys.value), keys, grid, name, scale, group_name)
-
-
-def _summarize_shard_backward(grad_total: Tensor, grad_weighted_sum: Tensor, maximum: Tensor, *arguments: Any):
-    *summary, group_name, impl = arguments
-    keys, name, scale, grid, _ = _of_summary((*summary, impl))
-    means = _in_blocks(means_of(impl, keys.key, keys.value))
-    alignment = Alignment(keys.key, keys.key_mask, grid.key_shape, grid.resolutions, group_name)
-    parts = alignment.parts(keys.key, keys.value, keys.key_mask)
-    grid = grid.within(alignment.largest)
-    whole, rest = (
-        windows.summarize_backward(
-            means,
-            grad_total,
-            grad_weighted_sum,
-            Keys(*part[:3], None, *keys[4:]),
-            maximum,
-            grid._replace(key_shape=part.key_shape),
-            name,
-            scale,
-        )
-        for part in parts
-    )
-    weights = (keys.key.new_empty(0) if a is None or b is None else a + b for a, b in zip(whole[2:], rest[2:]))
-    return *alignment.gradients(whole[:2], rest[:2]), *weights
-
-
-def _shard_gradients(ctx: Any, _: Tensor, grad_total: Tensor, grad_weighted_sum: Tensor):
-    return _gradients_of_summary(ctx, grad_total, grad_weighted_sum, SUMMARIZE_SHARD_BACKWARD, _shard_by_reference)
-
-
-def _shard_by_reference(*arguments: Any) -> Summary:
-    *summary, group_name, impl = arguments
-    keys, name, scale, grid, _ = _of_summary((*summary, impl))
-    return summarize_shard(reference, keys, grid, name, scale, group_name)
-
-
-_SUMMARY = "(Tensor maximum, Tensor total, Tensor weighted_sum)"
-_GRADS = "Tensor grad_total, Tensor grad_weighted_sum, Tensor maximum"
-_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
+SUMMARY = "(Tensor maximum, Tensor total, Tensor weighted_sum)"
+GRADS = "Tensor grad_total, Tensor grad_weighted_sum, Tensor maximum"
+FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 
 SUMMARIZE = define(
-    f"summarize({_KEYS}, {_MAP}, {_WINDOWS}, str impl) -> {_SUMMARY}",
+    f"summarize({KEYS}, {MAP}, {WINDOWS}, str impl) -> {SUMMARY}",
     _summarize,
-    _fake_summary,
-    (_summary_gradients, _save_summary),
+    fake_summary,
+    (_summary_gradients, save_summary),
 )
 SUMMARIZE_BACKWARD = define(
-    f"summarize_backward({_GRADS}, {_KEYS}, {_MAP}, {_WINDOWS}, str impl) -> {_FOUR}",
+    f"summarize_backward({GRADS}, {KEYS}, {MAP}, {WINDOWS}, str impl) -> {FOUR}",
     _summarize_backward,
-    _fake_summary_gradients,
+    fake_summary_gradients,
 )
 ATTEND = define(
-    f"attend({_QUERY}, {_MAP}, str impl) -> Tensor", _attend, _fake_answers, (_gradients_of_answers, _save_query)
+    f"attend({_QUERY}, {MAP}, str impl) -> Tensor", _attend, _fake_answers, (_gradients_of_answers, _save_query)
 )
 ATTEND_BACKWARD = define(
-    f"attend_backward(Tensor grad_output, {_QUERY}, {_MAP}, str impl) -> {_FOUR}",
+    f"attend_backward(Tensor grad_output, {_QUERY}, {MAP}, str impl) -> {FOUR}",
     _attend_backward,
     _fake_gradients_of_answers,
 )
-SUMMARIZE_SHARD = define(
-    f"summarize_shard({_KEYS}, {_MAP}, {_WINDOWS}, str group_name, str impl) -> {_SUMMARY}",
-    _summarize_shard,
-    _fake_summary,
-    (_shard_gradients, _save_summary),
-)
-SUMMARIZE_SHARD_BACKWARD = define(
-    f"summarize_shard_backward({_GRADS}, {_KEYS}, {_MAP}, {_WINDOWS}, str group_name, str impl) -> {_FOUR}",
-    _summarize_shard_backward,
-    _fake_summary_gradients,
-)
-
 register_autocast("summarize", SUMMARIZE, (0, 1, 4, 5))
 register_autocast("attend", ATTEND, (0, 3))
-register_autocast("summarize_shard", SUMMARIZE_SHARD, (0, 1, 4, 5))
 
 
-def _flops_of_summary(*arguments: Any) -> int:
+def flops_of_summary(*arguments: Any) -> int:
     key, value = arguments[:2]
     resolutions, key_shape = arguments[_NUM_KEYS + 2 : _NUM_KEYS + 4]
     positions = sum(num_windows(key_shape, resolution) for resolution in resolutions)
@@ -271,9 +198,7 @@ def _flops_of_answers(query: Sequence[int], total: Sequence[int], weighted_sum: 
     return products(query[2], query, weighted_sum)
 
 
-count_flops("summarize", _flops_of_summary)
-count_flops("summarize_shard", _flops_of_summary)
+count_flops("summarize", flops_of_summary)
 count_flops("attend", _flops_of_answers)
-count_flops("summarize_backward", lambda *arguments: 2 * _flops_of_summary(*arguments[3:]))
-count_flops("summarize_shard_backward", lambda *arguments: 2 * _flops_of_summary(*arguments[3:]))
+count_flops("summarize_backward", lambda *arguments: 2 * flops_of_summary(*arguments[3:]))
 count_flops("attend_backward", lambda *arguments: 2 * _flops_of_answers(*arguments[1:]))
