@@ -160,7 +160,7 @@ def test_operators_keep_the_contract_of_torch_library():
         torch.library.opcheck(sequence_parallel.maximum_over_group, (total.detach(), name))
         torch.library.opcheck(sequence_parallel._context_over_group, (total, sums, name))
         _, key, value = (torch.randn(2, 3, n, d, dtype=torch.float64, requires_grad=True) for n, d in SIZES)
-        options = ("softmax", 0.7, [3, 2, 1], [11], "mean", name, "streaming")
+        options = ("softmax", 0.7, [3, 2, 1], [11], "mean", "streaming", name)
         torch.library.opcheck(shards.SUMMARIZE_SHARD, (key, value, None, None, None, None, *options))
         assert torch.autograd.gradgradcheck(
             lambda *sums: sequence_parallel._context_over_group(*sums, name)[0], (total + 1.0, sums)

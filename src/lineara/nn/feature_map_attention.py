@@ -82,8 +82,8 @@ class FeatureMapAttention(nn.Module):
         self._check_input("x", x)
         if context is not None:
             self._check_input("context", context)
-        source = x if context is None else context
-        mask = None if key_mask is None else self._flat_mask(key_mask, "x" if context is None else "context", source)  # (B, M)
+        name, source = ("x", x) if context is None else ("context", context)
+        mask = None if key_mask is None else self._flat_mask(key_mask, name, source)  # (B, M)
         # Without names of their own, queries, keys and values are gone when the reprojection needs memory.
         maps = self._join_heads(
             self.attend(

@@ -64,8 +64,8 @@ class Router(nn.Module):
         """What was decided in the last forward call; None before it, and in copies.
 
         The load balancing term has a gradient while the gate's graph lives: the router keeps none. Differentiated later
-        than that it raises an error. Under `torch.utils.checkpoint` it must be part of the loss of the layer's output:
-        with use_reentrant=True that is checked.
+        than that it raises an error. Under `torch.utils.checkpoint` with use_reentrant=True it has one in training mode
+        alone, and must be differentiated in the backward pass of the layer's output, which is checked.
         """
         if self._last is None or self._term is None:
             return self._last

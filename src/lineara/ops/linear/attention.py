@@ -5,8 +5,6 @@
 Every public operation of linear attention is this one, under a feature map and with or without windows.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from lineara.ops.dispatch import choose_implementation
@@ -45,15 +43,11 @@ def linear_attention(
 
 def summarize(implementation: str, keys: Keys, grid: Windows, name: str, scale: float, group_name: str = "") -> Summary:
     """The summary of this rank's positions; windows that straddle two ranks are completed where they begin."""
-    shared = bool(group_name and grid.resolutions)
-    if implementation == "reference":
-        if not shared:
-            return windows.summarize(reference, keys, grid, name, scale)
-        return shards.summarize_shard(reference, keys, grid, name, scale, group_name)
-    options: list[Any] = [list(grid.resolutions), list(grid.key_shape), grid.compression]
-    if shared:
-        return shards.SUMMARIZE_SHARD(*keys, name, scale, *options, group_name, implementation)
-    return operators.SUMMARIZE(*keys, name, scale, *options, implementation)
+    arguments = *keys, name, scale, list(grid.resolutions), list(grid.key_shape), grid.compression, implementation
+    if group_name and grid.resolutions:
+        run = shards.summarize if implementation == "reference" else shards.SUMMARIZE_SHARD
+        return run(*arguments, group_name)
+    return (operators.summarize if implementation == "reference" else operators.SUMMARIZE)(*arguments)
 
 
 def attend(

@@ -10,7 +10,7 @@ are asked for, the backward pass is that of the reference.
 # pyright: reportUnknownMemberType=false
 # (torch.library types its registrations only in part)
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +38,8 @@ _NUM_KEYS = len(Keys._fields)
 # Keys and values to summaries.
 
 
-def _summarize(*arguments: Any) -> Summary:
+def summarize(*arguments: Any) -> Summary:
+    """What the operator computes; by the reference it is differentiable."""
     keys, name, scale, grid, impl = of_summary(arguments)
     maximum, *sums = windows.summarize(means_of(impl, keys.key, keys.value), keys, grid, name, scale)
     return maximum.contiguous(), *sums  # pyright: ignore[reportReturnType] - there are two
@@ -53,9 +54,8 @@ def _summarize_backward(grad_total: Tensor, grad_weighted_sum: Tensor, maximum: 
 
 
 def of_summary(arguments: Sequence[Any]) -> tuple[Keys, str, float, Windows, str]:
-    *_, resolutions, key_shape, compression, impl = arguments
-    keys, (name, scale) = Keys(*arguments[:_NUM_KEYS]), arguments[_NUM_KEYS : _NUM_KEYS + 2]
-    return keys, name, scale, Windows(resolutions, key_shape, compression), impl
+    name, scale, *grid, impl = arguments[_NUM_KEYS:]
+    return Keys(*arguments[:_NUM_KEYS]), name, scale, Windows(*grid), impl
 
 
 def fake_summary(key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, *_: Any):
@@ -76,34 +76,27 @@ def save_summary(ctx: Any, inputs: tuple[Any, ...], output: Summary) -> None:
     ctx.mark_non_differentiable(output[0])
 
 
-def _summary_gradients(ctx: Any, _: Tensor, grad_total: Tensor, grad_weighted_sum: Tensor):
-    return gradients_of_summary(ctx, grad_total, grad_weighted_sum, SUMMARIZE_BACKWARD, _summarize_by_reference)
+def summary_gradients(compute: Callable[..., Summary], backward: Callable[[], Any]) -> Callable[..., Any]:
+    """The backward function of an operator that computes a summary, given the operator of its backward pass."""
 
+    def gradients(ctx: Any, _: Tensor, *grads: Tensor):
+        key, value, key_mask, cu_seqlens, *weights, maximum = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            inputs = key, value, key_mask, cu_seqlens, *weights, *ctx.options
+            found = list(backward()(*grads, maximum, *inputs))
+        else:
+            name, scale, resolutions, key_shape, compression, _, *group = ctx.options
+            options = name, scale, resolutions, key_shape, compression, "reference", *group
 
-def gradients_of_summary(ctx: Any, grad_total: Tensor, grad_weighted_sum: Tensor, backward: Any, again: Any):
-    """For key, value and the weights; None for everything else."""
-    *keys, maximum = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        key, value, key_mask, cu_seqlens, *weights = keys
-        there = [weight for weight in weights if weight is not None]
+            def forward(key: Tensor, value: Tensor, *weights: Tensor) -> Sequence[Tensor]:
+                return compute(key, value, key_mask, cu_seqlens, *(weights or (None, None)), *options)[1:]
 
-        def forward(key: Tensor, value: Tensor, *given: Tensor) -> Sequence[Tensor]:
-            values = iter(given)
-            filled = (None if weight is None else next(values) for weight in weights)
-            return again(key, value, key_mask, cu_seqlens, *filled, *ctx.options)[1:]
+            there = [weight for weight in weights if weight is not None]
+            found = [*reference_gradients(forward, [key, value, *there], grads), None, None]
+        of_weights = (None if weight is None else grad for weight, grad in zip(weights, found[2:]))
+        return *found[:2], None, None, *of_weights, *((None,) * len(ctx.options))
 
-        found = iter(reference_gradients(forward, [key, value, *there], [grad_total, grad_weighted_sum]))
-        grad_key, grad_value = next(found), next(found)
-        of_weights = [None if weight is None else next(found) for weight in weights]
-    else:
-        grad_key, grad_value, *found = backward(grad_total, grad_weighted_sum, maximum, *keys, *ctx.options)
-        of_weights = [None if weight is None else grad for weight, grad in zip(keys[4:], found)]
-    return grad_key, grad_value, None, None, *of_weights, *((None,) * len(ctx.options))
-
-
-def _summarize_by_reference(*arguments: Any) -> Summary:
-    keys, name, scale, grid, _ = of_summary(arguments)
-    return windows.summarize(reference, keys, grid, name, scale)
+    return gradients
 
 
 # Queries to answers.
@@ -164,9 +157,9 @@ FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 
 SUMMARIZE = define(
     f"summarize({KEYS}, {MAP}, {WINDOWS}, str impl) -> {SUMMARY}",
-    _summarize,
+    summarize,
     fake_summary,
-    (_summary_gradients, save_summary),
+    (summary_gradients(summarize, lambda: SUMMARIZE_BACKWARD), save_summary),
 )
 SUMMARIZE_BACKWARD = define(
     f"summarize_backward({GRADS}, {KEYS}, {MAP}, {WINDOWS}, str impl) -> {FOUR}",

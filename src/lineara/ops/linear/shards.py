@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,66 +35,42 @@ from lineara.ops.linear.operators import (
     fake_summary,
     fake_summary_gradients,
     flops_of_summary,
-    gradients_of_summary,
     in_blocks,
     of_summary,
     save_summary,
+    summary_gradients,
 )
 from lineara.ops.linear.windows import Keys, Windows
 from lineara.ops.precision import register_autocast
 from lineara.ops.sequence_parallel import process_group
 
 
-def summarize_shard(means: ModuleType, keys: Keys, grid: Windows, name: str, scale: float, group_name: str) -> Summary:
-    """The summary of the windows that begin on this rank, after the ranks completed those that straddle a border."""
-    alignment = Alignment(keys.key, keys.key_mask, grid.key_shape, grid.resolutions, group_name)
-    parts = alignment.parts(keys.key, keys.value, keys.key_mask)
-    grid = grid.within(alignment.largest)
-    summaries = (
-        windows.summarize(means, Keys(*part[:3], None, *keys[4:]), grid._replace(key_shape=part.key_shape), name, scale)
-        for part in parts
-    )
-    return reduce(reference.merge, summaries)
+def summarize(*arguments: Any) -> Summary:
+    """What the operator computes: the summary of the windows that begin on this rank, completed by other ranks."""
+    keys, name, scale, grid, impl = of_summary(arguments[:-1])
+    means = means_of(impl, keys.key, keys.value)
+    parts, _ = _parts(keys, grid, arguments[-1])
+    return reduce(reference.merge, (windows.summarize(means, part, of_part, name, scale) for part, of_part in parts))
 
 
-def _summarize_shard(*arguments: Any) -> Summary:
-    *summary, group_name, impl = arguments
-    keys, name, scale, grid, _ = of_summary((*summary, impl))
-    return summarize_shard(means_of(impl, keys.key, keys.value), keys, grid, name, scale, group_name)
-
-
-def _summarize_shard_backward(grad_total: Tensor, grad_weighted_sum: Tensor, maximum: Tensor, *arguments: Any):
-    *summary, group_name, impl = arguments
-    keys, name, scale, grid, _ = of_summary((*summary, impl))
+def _summarize_backward(grad_total: Tensor, grad_weighted_sum: Tensor, maximum: Tensor, *arguments: Any):
+    keys, name, scale, grid, impl = of_summary(arguments[:-1])
     means = in_blocks(means_of(impl, keys.key, keys.value))
-    alignment = Alignment(keys.key, keys.key_mask, grid.key_shape, grid.resolutions, group_name)
-    parts = alignment.parts(keys.key, keys.value, keys.key_mask)
-    grid = grid.within(alignment.largest)
+    parts, alignment = _parts(keys, grid, arguments[-1])
     whole, rest = (
-        windows.summarize_backward(
-            means,
-            grad_total,
-            grad_weighted_sum,
-            Keys(*part[:3], None, *keys[4:]),
-            maximum,
-            grid._replace(key_shape=part.key_shape),
-            name,
-            scale,
-        )
-        for part in parts
+        windows.summarize_backward(means, grad_total, grad_weighted_sum, part, maximum, of_part, name, scale)
+        for part, of_part in parts
     )
     weights = (keys.key.new_empty(0) if a is None or b is None else a + b for a, b in zip(whole[2:], rest[2:]))
     return *alignment.gradients(whole[:2], rest[:2]), *weights
 
 
-def _shard_gradients(ctx: Any, _: Tensor, grad_total: Tensor, grad_weighted_sum: Tensor):
-    return gradients_of_summary(ctx, grad_total, grad_weighted_sum, SUMMARIZE_SHARD_BACKWARD, _shard_by_reference)
-
-
-def _shard_by_reference(*arguments: Any) -> Summary:
-    *summary, group_name, impl = arguments
-    keys, name, scale, grid, _ = of_summary((*summary, impl))
-    return summarize_shard(reference, keys, grid, name, scale, group_name)
+def _parts(keys: Keys, grid: Windows, group_name: str) -> tuple[list[tuple[Keys, Windows]], "Alignment"]:
+    """The windows of this rank in two parts, and how they came here."""
+    alignment = Alignment(keys.key, keys.key_mask, grid.key_shape, grid.resolutions, group_name)
+    grid = grid.within(alignment.largest)
+    parts = alignment.parts(keys.key, keys.value, keys.key_mask)
+    return [(Keys(*part[:3], None, *keys[4:]), grid._replace(key_shape=part.key_shape)) for part in parts], alignment
 
 
 class Part(NamedTuple):
@@ -228,14 +203,14 @@ def _moves(lengths: Sequence[int], multiple: int) -> list[tuple[int, int, int]]:
 
 
 SUMMARIZE_SHARD = define(
-    f"summarize_shard({KEYS}, {MAP}, {WINDOWS}, str group_name, str impl) -> {SUMMARY}",
-    _summarize_shard,
+    f"summarize_shard({KEYS}, {MAP}, {WINDOWS}, str impl, str group_name) -> {SUMMARY}",
+    summarize,
     fake_summary,
-    (_shard_gradients, save_summary),
+    (summary_gradients(summarize, lambda: SUMMARIZE_SHARD_BACKWARD), save_summary),
 )
 SUMMARIZE_SHARD_BACKWARD = define(
-    f"summarize_shard_backward({GRADS}, {KEYS}, {MAP}, {WINDOWS}, str group_name, str impl) -> {FOUR}",
-    _summarize_shard_backward,
+    f"summarize_shard_backward({GRADS}, {KEYS}, {MAP}, {WINDOWS}, str impl, str group_name) -> {FOUR}",
+    _summarize_backward,
     fake_summary_gradients,
 )
 
