@@ -6,27 +6,28 @@ import torch
 from torch import nn
 
 from lineara.nn import EfficientAttention, EfficientAttention2d, MultiresolutionAttention2d, SoftmaxAttention
-from lineara.nn.checks import check_input, integer, made_by, number, probability, with_own_name
+from lineara.nn.checks import check_input, made_by, probability, with_own_name
+from lineara.ops.checks import check_integer, check_number, check_scale
 
 
 @pytest.mark.parametrize("given", [5, np.int8(5), np.array(5), torch.tensor(5)], ids=repr)
 def test_integers_are_those_of_any_library(given):
-    assert integer("width", given) == 5
-    assert type(integer("width", given)) is int
+    assert check_integer("width", given) == 5
+    assert type(check_integer("width", given)) is int
 
 
 @pytest.mark.parametrize("given", [5.0, "5", True, None, np.float32(5), np.True_], ids=repr)
 def test_what_is_no_integer_is_refused(given):
     with pytest.raises(TypeError, match=r"^width must be an integer, got "):
-        integer("width", given)
+        check_integer("width", given)
 
 
 def test_numbers_are_those_of_any_library_and_finite():
-    assert [number("scale", given) for given in (2, 0.5, np.float16(0.5), np.array(2.0))] == [2.0, 0.5, 0.5, 2.0]
+    assert [check_number("scale", given) for given in (2, 0.5, np.float16(0.5), np.array(2.0))] == [2.0, 0.5, 0.5, 2.0]
     with pytest.raises(TypeError, match=r"^scale must be a number, got Tensor; to learn it, multiply query and key by"):
-        number("scale", torch.tensor(1.0))
+        check_scale(torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"^scale must be finite, got -inf$"):
-        number("scale", -np.inf)
+        check_number("scale", -np.inf)
     with pytest.raises(ValueError, match=r"^dropout must be a probability, from 0 to 1, got 1\.5$"):
         probability("dropout", 1.5)
 

@@ -7,7 +7,8 @@ from typing import Any, SupportsIndex
 from torch import nn
 
 from lineara.models.resnet import STAGES, choose_places, insert_into_stages, plain_resnet, torchvision_models
-from lineara.nn.checks import check_attention_maker, integer, made_by
+from lineara.nn.checks import check_attention_maker, made_by
+from lineara.ops.checks import check_integer
 
 LEVELS = ("fpn1", "fpn2", "fpn3", "fpn4", "fpn5")
 # Modules by number. The paper says 1, 5 and 7, and "res3-4 + FPN1-5"; what 1 and 5 are is inferred.
@@ -80,9 +81,12 @@ def mask_rcnn(
     """
     check_attention_maker(attention)
     _check(version, trainable_stages, anchor_sizes)
-    min_sizes = (integer("min_size", min_size, least=None),) if isinstance(min_size, SupportsIndex) else tuple(min_size)
+    min_sizes = (
+        (check_integer("min_size", min_size, least=None),) if isinstance(min_size, SupportsIndex) else tuple(min_size)
+    )
     num_classes, max_size = (
-        integer(name, number, least=None) for name, number in (("num_classes", num_classes), ("max_size", max_size))
+        check_integer(name, number, least=None)
+        for name, number in (("num_classes", num_classes), ("max_size", max_size))
     )
     _check_numbers(num_classes, min_sizes, max_size, anchor_sizes)
     chosen = choose_places(places, _PLACES, (*STAGES, *LEVELS))

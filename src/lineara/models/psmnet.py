@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
 from lineara.models.psmnet_parts import Convolution2d, Convolution3d, Hourglass, block2d, block3d, residual_blocks
-from lineara.nn.checks import check_attention_maker, integer, made_by
+from lineara.nn.checks import check_attention_maker, made_by
+from lineara.ops.checks import check_integer
 
 PLACES = ("entry", "volume", "hourglass1", "hourglass2", "hourglass3")
 # The features are a quarter of the input, and the hourglasses a quarter of those.
@@ -60,8 +61,8 @@ class PSMNet(nn.Module):
     ) -> None:
         super().__init__()
         check_attention_maker(attention)
-        self.max_disparity = integer("max_disparity", max_disparity)
-        channels = integer("channels", channels)
+        self.max_disparity = check_integer("max_disparity", max_disparity)
+        channels = check_integer("channels", channels)
         _check(places, num_blocks)
         self.features = FeaturePyramid(channels, num_blocks)
         self.entry = nn.Sequential(*block3d(2 * channels, channels), nn.ReLU(), *block3d(channels, channels), nn.ReLU())

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from torch import nn
 
-from lineara.nn.checks import check_attention_maker, integer, made_by
+from lineara.nn.checks import check_attention_maker, made_by
+from lineara.ops.checks import check_integer
 
 if TYPE_CHECKING:
     from torchvision.models import ResNet
@@ -55,7 +56,7 @@ def resnet(
     """
     check_attention_maker(attention)
     chosen = choose_places(places, _PLACES, tuple(STAGES))
-    network = plain_resnet(name, num_classes=integer("num_classes", num_classes))
+    network = plain_resnet(name, num_classes=check_integer("num_classes", num_classes))
     insert_into_stages(network, attention, chosen)
     return network
 
@@ -94,7 +95,7 @@ def choose_places(
 ) -> tuple[str, ...]:
     """The places by name, each once; in the order of the network."""
     if isinstance(places, SupportsIndex):
-        places = integer("places", places, least=0)
+        places = check_integer("places", places, least=0)
         if places not in numbered:
             raise ValueError(
                 f"places must be a list of some of {', '.join(known)}, or one of the numbers "

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lineara.nn import EncoderBlock
-from lineara.nn.checks import check_attention_maker, check_boolean, integer, made_by, probability
+from lineara.nn.checks import check_attention_maker, check_boolean, made_by, probability
 from lineara.nn.initial_values import multiply
 from lineara.nn.sequence_attention import ShardedPositions
 from lineara.nn.sequence_parallel import shard_positions
+from lineara.ops.checks import check_integer
 from lineara.ops.precision import accumulation_dtype
 from lineara.ops.sequence_parallel import name_of_group, process_group, sum_over_group
 from lineara.ops.tracing import is_plain
@@ -73,16 +74,16 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         check_attention_maker(attention, optional=False)
         vocab_size, num_classes, dim = (
-            integer("vocab_size", vocab_size),
-            integer("num_classes", num_classes),
-            integer("dim", dim),
+            check_integer("vocab_size", vocab_size),
+            check_integer("num_classes", num_classes),
+            check_integer("dim", dim),
         )
-        num_layers, head_dim = integer("num_layers", num_layers, least=0), integer("head_dim", head_dim)
+        num_layers, head_dim = check_integer("num_layers", num_layers, least=0), check_integer("head_dim", head_dim)
         dropout = probability("dropout", dropout)
         if num_sequences not in (1, 2):
             raise ValueError(f"num_sequences must be 1 or 2, got {num_sequences}")
-        self.num_sequences = integer("num_sequences", num_sequences)
-        self.max_len = integer("max_len", max_len)
+        self.num_sequences = check_integer("num_sequences", num_sequences)
+        self.max_len = check_integer("max_len", max_len)
         self._part: _Part | None = None
         self.embedding = _TokenEmbedding(vocab_size, dim, padding_idx=0)
         self.positions = nn.Parameter(torch.empty(self.max_len, dim))

@@ -1,45 +1,18 @@
 """Checks of arguments and inputs that the layers share: one sentence each, before any work."""
 
-import math
 import types
 from collections.abc import Callable
-from operator import index
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from lineara.ops.checks import check_choice
-from lineara.ops.dispatch import IMPLEMENTATIONS
-
-
-def integer(name: str, value: SupportsIndex, *, least: int | None = 1) -> int:
-    """The value as an int, numpy's integers among them; raise unless it is one, and large enough."""
-    try:
-        number = None if isinstance(value, bool) else index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    return number
-
-
-def number(name: str, value: Any) -> float:
-    """The value as a float, numpy's numbers among them; raise unless it is a finite one."""
-    if isinstance(value, bool | str | bytes | Tensor) or not hasattr(value, "__float__") or getattr(value, "shape", ()):
-        advice = "; to learn it, multiply query and key by it instead" if name == "scale" else ""
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}{advice}")
-    converted = float(value)
-    if not math.isfinite(converted):
-        raise ValueError(f"{name} must be finite, got {converted}")
-    return converted
+from lineara.ops.checks import IMPLEMENTATIONS, NORMALIZATIONS, check_choice, check_integer, check_number
 
 
 def probability(name: str, value: Any) -> float:
     """The value as a float; raise unless it lies between 0 and 1."""
-    converted = number(name, value)
+    converted = check_number(name, value)
     if not 0 <= converted <= 1:
         raise ValueError(f"{name} must be a probability, from 0 to 1, got {converted}")
     return converted
@@ -47,15 +20,15 @@ def probability(name: str, value: Any) -> float:
 
 def check_options(normalization: str, impl: str) -> None:
     """Raise unless both are names that the operations know."""
-    check_choice("normalization", normalization, ("softmax", "scaling"))
-    check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
+    check_choice("normalization", normalization, NORMALIZATIONS)
+    check_choice("impl", impl, IMPLEMENTATIONS)
 
 
 def num_key_heads_of(num_heads: int, num_key_heads: SupportsIndex | None) -> int:
     """The number of key heads; raise unless each serves equally many query heads."""
     if num_key_heads is None:
         return num_heads
-    number = integer("num_key_heads", num_key_heads)
+    number = check_integer("num_key_heads", num_key_heads)
     if num_heads % number:
         raise ValueError(f"num_heads must be divisible by num_key_heads, got {num_heads} and {number}")
     return number
@@ -65,7 +38,7 @@ def width_of(
     name: str, given: SupportsIndex | None, default: int, *, num_heads: int, dim: int, formula: str = "dim"
 ) -> int:
     """The channels of all heads together; raise unless they split evenly, blaming what was given."""
-    width = default if given is None else integer(name, given)
+    width = default if given is None else check_integer(name, given)
     if width % num_heads == 0:
         return width
     fitting = max(width // num_heads, 1) * num_heads

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from lineara.nn.checks import check_options, number
+from lineara.nn.checks import check_options
 from lineara.nn.sequence_attention import SequenceAttention, ShardedPositions
 from lineara.ops import efficient_attention
-from lineara.ops.checks import Implementation, Normalization
+from lineara.ops.checks import Implementation, Normalization, check_scale
 
 
 class EfficientAttention(SequenceAttention, ShardedPositions):
@@ -64,7 +64,7 @@ class EfficientAttention(SequenceAttention, ShardedPositions):
             dtype=dtype,
         )
         self.normalization: Normalization = normalization
-        self.scale = number("scale", scale)
+        self.scale = check_scale(scale)
         self.impl: Implementation = impl
 
     def attend(

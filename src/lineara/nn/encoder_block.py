@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineara.nn.checks import check_input, check_layer, integer, probability
+from lineara.nn.checks import check_input, check_layer, probability
+from lineara.ops.checks import check_integer
 
 
 class EncoderBlock(nn.Module):
@@ -42,8 +43,8 @@ class EncoderBlock(nn.Module):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dim = dim = integer("dim", dim)
-        mlp_dim = 4 * dim if mlp_dim is None else integer("mlp_dim", mlp_dim)
+        self.dim = dim = check_integer("dim", dim)
+        mlp_dim = 4 * dim if mlp_dim is None else check_integer("mlp_dim", mlp_dim)
         dropout = probability("dropout", dropout)
         check_layer("attention", attention)
         self.attention_norm = nn.LayerNorm(dim, **factory)

@@ -7,19 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lineara.nn.checks import (
-    check_boolean,
-    check_input,
-    check_options,
-    integer,
-    num_key_heads_of,
-    number,
-    width_of,
-    with_own_name,
-)
+from lineara.nn.checks import check_boolean, check_input, check_options, num_key_heads_of, width_of, with_own_name
 from lineara.nn.sequence_attention import ShardedPositions
 from lineara.ops import efficient_attention
-from lineara.ops.checks import Implementation, Normalization
+from lineara.ops.checks import Implementation, Normalization, check_integer, check_scale
 from lineara.ops.tracing import is_exporting
 
 
@@ -44,8 +35,8 @@ class FeatureMapAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim = dim = integer("dim", dim)
-        self.num_heads = num_heads = integer("num_heads", num_heads)
+        self.dim = dim = check_integer("dim", dim)
+        self.num_heads = num_heads = check_integer("num_heads", num_heads)
         self.num_key_heads = num_key_heads_of(num_heads, num_key_heads)
         self.key_dim = width_of("key_dim", key_dim, max(dim // 2, 1), num_heads=num_heads, dim=dim, formula="dim // 2")
         self.value_dim = width_of("value_dim", value_dim, dim, num_heads=num_heads, dim=dim)
@@ -215,7 +206,7 @@ class _EfficientAttention(FeatureMapAttention, ShardedPositions):
             dtype=dtype,
         )
         self.normalization: Normalization = normalization
-        self.scale = number("scale", scale)
+        self.scale = check_scale(scale)
         self.impl: Implementation = impl
 
     def attend(

@@ -6,13 +6,21 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lineara.nn.checks import integer, number
 from lineara.nn.initial_values import assign
 from lineara.nn.router import Router, Routing, checked_top_k
 from lineara.nn.sequence_attention import ShardedPositions
 from lineara.ops import multiresolution_attention
-from lineara.ops.checks import Compression, FeatureMap, Implementation, check_choice
-from lineara.ops.dispatch import IMPLEMENTATIONS
+from lineara.ops.checks import (
+    COMPRESSIONS,
+    FEATURE_MAPS,
+    IMPLEMENTATIONS,
+    Compression,
+    FeatureMap,
+    Implementation,
+    check_choice,
+    check_integer,
+    check_scale,
+)
 
 
 class MultiresolutionHeads(ShardedPositions):
@@ -46,16 +54,16 @@ class MultiresolutionHeads(ShardedPositions):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        check_choice("compression", compression, ("mean", "max", "conv"))
-        check_choice("feature_map", feature_map, ("softmax", "relu", "elu"))
-        check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
+        check_choice("compression", compression, COMPRESSIONS)
+        check_choice("feature_map", feature_map, FEATURE_MAPS)
+        check_choice("impl", impl, IMPLEMENTATIONS)
         if routing not in ("query", None):
             raise ValueError(f"routing must be 'query' or None, got {routing!r}")
         num_key_heads = num_heads if num_key_heads is None else num_key_heads
         self.resolutions = _checked_resolutions(resolutions, num_key_heads)
         self.compression: Compression = compression
         self.feature_map: FeatureMap = feature_map
-        self.scale = number("scale", scale)
+        self.scale = check_scale(scale)
         self.impl: Implementation = impl
         self._num_axes = num_axes
         top_k = checked_top_k(top_k, num_heads)
@@ -78,6 +86,12 @@ class MultiresolutionHeads(ShardedPositions):
         for weight in (self.key_weight, self.value_weight):
             if weight is not None:
                 assign(weight, torch.tensor(means, device=weight.device))
+
+    @property
+    def resolutions_of_queries(self) -> tuple[int, ...]:
+        """For every head of queries, the resolution at which it sees keys and values."""
+        num_heads = len(self.resolutions) if self.router is None else self.router.num_heads
+        return tuple(self.resolutions[head * len(self.resolutions) // num_heads] for head in range(num_heads))
 
     @property
     def last_routing(self) -> Routing | None:
@@ -139,7 +153,7 @@ def _checked_resolutions(resolutions: Iterable[int] | None, num_key_heads: int) 
         return tuple(2 ** (num_key_heads - 1 - head) for head in range(num_key_heads))
     if isinstance(resolutions, str | bytes) or not isinstance(resolutions, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"resolutions must be a sequence of integers or None, got {resolutions!r}")
-    checked = tuple(integer("each of resolutions", resolution) for resolution in resolutions)
+    checked = tuple(check_integer("each of resolutions", resolution) for resolution in resolutions)
     if len(checked) != num_key_heads:
         raise ValueError(
             f"resolutions must have one entry for each key head, got {len(checked)} of them and {num_key_heads} heads"

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lineara.nn.checks import check_options, number
+from lineara.nn.checks import check_options
 from lineara.nn.feature_map_attention import FeatureMapAttention
 from lineara.ops import softmax_attention
-from lineara.ops.checks import Implementation, Normalization
+from lineara.ops.checks import Implementation, Normalization, check_scale
 
 
 class _NonLocalAttention(FeatureMapAttention):
@@ -39,7 +39,7 @@ class _NonLocalAttention(FeatureMapAttention):
             dtype=dtype,
         )
         self.normalization: Normalization = normalization
-        self.scale = None if scale is None else number("scale", scale)
+        self.scale = None if scale is None else check_scale(scale)
         self.impl: Implementation = impl
 
     def attend(

@@ -6,8 +6,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from lineara.nn.checks import integer
 from lineara.nn.deferred_term import DeferredTerms, lost
+from lineara.ops.checks import check_integer
 from lineara.ops.precision import accumulation_dtype
 from lineara.ops.tracing import is_exporting, transform_of
 
@@ -127,7 +127,7 @@ class Router(nn.Module):
 
 def checked_top_k(top_k: int, num_heads: int) -> int:
     """The number as an int; raise unless a query can use so many heads."""
-    top_k = integer("top_k", top_k, least=None)
+    top_k = check_integer("top_k", top_k, least=None)
     if not 1 <= top_k <= num_heads:
         raise ValueError(f"top_k must be at least 1 and at most num_heads={num_heads}, got {top_k}")
     return top_k

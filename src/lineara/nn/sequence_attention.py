@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lineara.nn.checks import check_input, integer, num_key_heads_of, width_of, with_own_name
-from lineara.ops.checks import check_cu_seqlens, check_key_mask
+from lineara.nn.checks import check_input, num_key_heads_of, width_of, with_own_name
+from lineara.ops.checks import check_cu_seqlens, check_integer, check_key_mask
 
 if TYPE_CHECKING:
     from lineara.ops.sequence_parallel import Group
@@ -42,12 +42,12 @@ class SequenceAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim = integer("dim", dim)
-        self.num_heads = integer("num_heads", num_heads)
+        self.dim = check_integer("dim", dim)
+        self.num_heads = check_integer("num_heads", num_heads)
         self.num_key_heads = num_key_heads_of(self.num_heads, num_key_heads)
         self.key_dim = width_of("key_dim", key_dim, self.dim, num_heads=self.num_heads, dim=self.dim)
         self.value_dim = width_of("value_dim", value_dim, self.dim, num_heads=self.num_heads, dim=self.dim)
-        self.context_dim = self.dim if context_dim is None else integer("context_dim", context_dim)
+        self.context_dim = self.dim if context_dim is None else check_integer("context_dim", context_dim)
         keys, values = (width // self.num_heads * self.num_key_heads for width in (self.key_dim, self.value_dim))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.query = nn.Linear(self.dim, self.key_dim, bias=qkv_bias, **factory)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from lineara.nn.checks import check_options, number
+from lineara.nn.checks import check_options
 from lineara.nn.sequence_attention import SequenceAttention
 from lineara.ops import softmax_attention
-from lineara.ops.checks import Implementation, Normalization
+from lineara.ops.checks import Implementation, Normalization, check_scale
 
 
 class SoftmaxAttention(SequenceAttention):
@@ -61,7 +61,7 @@ class SoftmaxAttention(SequenceAttention):
             dtype=dtype,
         )
         self.normalization: Normalization = normalization
-        self.scale = None if scale is None else number("scale", scale)
+        self.scale = None if scale is None else check_scale(scale)
         self.impl: Implementation = impl
 
     def attend(

@@ -3,10 +3,9 @@
 They run at the public door, before any work, and raise one sentence: what must hold, what was given, what to do.
 """
 
-import numbers
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +17,10 @@ __all__ = ["Compression", "FeatureMap", "Implementation", "KernelMap", "Normaliz
 Normalization = Literal["softmax", "scaling"]
 Compression = Literal["mean", "max", "conv"]
 Implementation = Literal["auto", "reference", "streaming", "triton"]
+NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
+COMPRESSIONS: tuple[str, ...] = get_args(Compression)
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
 
 _LARGEST = torch.finfo(torch.float64).max
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -160,23 +163,36 @@ def check_packing(cu_seqlens_query: Tensor | None, cu_seqlens_key: Tensor | None
 
 def check_scale(scale: Any) -> float:
     """The scale as a float; raise unless it is a finite number (a tensor would get no gradient)."""
-    if isinstance(scale, bool) or not isinstance(scale, float | int | numbers.Real):
-        raise TypeError(
-            f"scale must be a number, got {type(scale).__name__}; to learn it, multiply query and key by it instead"
-        )
-    number = float(scale)
+    return check_number("scale", scale, "; to learn it, multiply query and key by it instead")
+
+
+def check_number(name: str, value: Any, advice: str = "") -> float:
+    """The value as a float; raise unless it is a finite number, of Python or of numpy."""
+    if isinstance(value, bool) or not (isinstance(value, float | int) or _is_number_of_numpy(value)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{advice}")
+    number = float(value)
     if not abs(number) <= _LARGEST:  # math.isfinite would break a compiled graph
-        raise ValueError(f"scale must be finite, got {scale}")
+        raise ValueError(f"{name} must be finite, got {number}")
     return number
 
 
-def check_integer(name: str, number: Any) -> int:
-    """The number as an int; raise unless it is one, of Python, of torch or of numpy."""
-    if isinstance(number, int | torch.SymInt) and not isinstance(number, bool):
-        return number  # pyright: ignore[reportReturnType] - a SymInt stands for an int
-    if isinstance(number, bool | Tensor) or not hasattr(number, "__index__"):
-        raise TypeError(f"{name} must be integers, got {number!r}")
-    return operator.index(number)
+def check_integer(name: str, value: SupportsIndex, least: int | None = 1) -> int:
+    """The value as an int; raise unless it is one, of Python, numpy or a traced size, and large enough."""
+    if not isinstance(value, torch.SymInt):
+        try:
+            integer = None if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            integer = None
+        if integer is None:
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        value = integer
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value  # pyright: ignore[reportReturnType] - a SymInt stands for an int
+
+
+def _is_number_of_numpy(value: Any) -> bool:
+    return hasattr(value, "__float__") and not isinstance(value, Tensor) and not getattr(value, "shape", ())
 
 
 def check_choice(name: str, given: str, choices: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineara.ops.checks import check_choice, check_tensor
+from lineara.ops.checks import IMPLEMENTATIONS, check_choice, check_tensor
 from lineara.ops.tracing import is_exporting, transform_of
 
 _MODULES = {
@@ -20,13 +20,12 @@ _MODULES = {
     "streaming": "lineara.ops.linear.streaming",
     "triton": "lineara.ops.linear.triton_kernels",
 }
-IMPLEMENTATIONS = tuple(_MODULES)
 
 # What each operation has.
 _AVAILABLE = {
-    "efficient_attention": IMPLEMENTATIONS,
-    "kernel_attention": IMPLEMENTATIONS,
-    "multiresolution_attention": IMPLEMENTATIONS,
+    "efficient_attention": tuple(_MODULES),
+    "kernel_attention": tuple(_MODULES),
+    "multiresolution_attention": tuple(_MODULES),
     "softmax_attention": ("reference",),
 }
 # Up to this many elements (8 MiB of float32) in query, key and value each, torch's own operations on whole tensors are
@@ -44,7 +43,7 @@ def choose_implementation(operation: str, impl: str, query: Tensor, value: Tenso
     """
     if impl == "auto":
         return _rule(operation, query, value, *others)[0]
-    check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
+    check_choice("impl", impl, IMPLEMENTATIONS)
     available = _AVAILABLE[operation]
     if impl not in available:
         raise ValueError(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from lineara.ops.checks import (
+    NORMALIZATIONS,
     Implementation,
     Normalization,
     check_choice,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from lineara.ops.sequence_parallel import Group
 
 _FEATURE_MAPS = {"softmax": "softmax", "scaling": "identity"}
-NORMALIZATIONS = tuple(_FEATURE_MAPS)
 
 
 class ContextSummary(NamedTuple):

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lineara.ops.checks import (
+    COMPRESSIONS,
+    FEATURE_MAPS,
     Compression,
     FeatureMap,
     Implementation,
@@ -29,9 +31,6 @@ from lineara.ops.sequence_parallel import name_of_group
 
 if TYPE_CHECKING:
     from lineara.ops.sequence_parallel import Group
-
-COMPRESSIONS: tuple[str, ...] = get_args(Compression)
-FEATURE_MAPS: tuple[str, ...] = get_args(FeatureMap)
 
 
 def multiresolution_attention(
@@ -161,10 +160,7 @@ def _checked_resolutions(resolutions: Sequence[int], key: Tensor) -> tuple[int, 
         raise ValueError(
             f"resolutions must have one entry for each of the {key.shape[1]} heads of keys, got {len(resolutions)}"
         )
-    checked = tuple(check_integer("resolutions", resolution) for resolution in resolutions)
-    if min(checked) < 1:
-        raise ValueError(f"resolutions must be at least 1, got {min(checked)}")
-    return checked
+    return tuple(check_integer("each of resolutions", resolution) for resolution in resolutions)
 
 
 def _checked_shape(key_shape: Sequence[int] | None, key: Tensor) -> tuple[int, ...]:
@@ -172,7 +168,7 @@ def _checked_shape(key_shape: Sequence[int] | None, key: Tensor) -> tuple[int, .
         return (key.shape[2],)
     if not isinstance(key_shape, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"key_shape must be a sequence of integers, got {key_shape!r}")
-    sizes = tuple(check_integer("key_shape", size) for size in key_shape)
+    sizes = tuple(check_integer("each size of key_shape", size, least=None) for size in key_shape)
     if not sizes or min(sizes) < 0 or math.prod(sizes) != key.shape[2]:
         raise ValueError(
             f"the product of key_shape must be the number of key positions, got {sizes} and {key.shape[2]}"

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lineara.ops.checks import (
+    NORMALIZATIONS,
     Implementation,
     Normalization,
     check_choice,
@@ -17,8 +18,6 @@ from lineara.ops.checks import (
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.packed import cut
 from lineara.ops.precision import accumulation_dtype
-
-NORMALIZATIONS = ("softmax", "scaling")
 
 
 def softmax_attention(
@@ -87,7 +86,7 @@ def _attend(
         # An item without a valid position attends to the zeros that stand in its place, so no softmax is empty.
         attention_mask = (key_mask | ~key_mask.any(dim=1, keepdim=True))[:, None, None, :]  # (B, 1, 1, M)
     if key.shape[2] == 0:
-        return query.new_zeros((*query.shape[:3], value.shape[3])) + 0.0 * query.sum()
+        return query.new_zeros((*query.shape[:3], value.shape[3])) + 0.0 * (query.sum() + key.sum() + value.sum())
     if normalization == "scaling":
         return _scaling(query, key, value, 1.0 if scale is None else scale, key_mask)
     logit_scale = query.shape[3] ** -0.5 if scale is None else scale**2

@@ -47,7 +47,9 @@ def summarize(implementation: str, keys: Keys, grid: Windows, name: str, scale: 
     if group_name and grid.resolutions:
         run = shards.summarize if implementation == "reference" else shards.SUMMARIZE_SHARD
         return run(*arguments, group_name)
-    return (operators.summarize if implementation == "reference" else operators.SUMMARIZE)(*arguments)
+    if implementation == "reference":
+        return windows.summarize(reference, keys, grid, name, scale)
+    return operators.SUMMARIZE(*arguments)
 
 
 def attend(

@@ -75,7 +75,7 @@ def expression_routing(task: nn.Module, data: object, expression: str | None) ->
     batch, words = _expression_batch(data, expression)
     answer, choice, probability = _run(task, heads, batch)
     title = f"Resolution that each token's query chooses: answer {answer}, value {int(batch['label'])}"
-    return routing_over_tokens(choice, probability, words, resolutions=heads[0].resolutions, title=title)
+    return routing_over_tokens(choice, probability, words, resolutions=heads[0].resolutions_of_queries, title=title)
 
 
 def image_routing(task: nn.Module, data: object, index: int) -> Figure:
@@ -103,7 +103,7 @@ def image_routing(task: nn.Module, data: object, index: int) -> Figure:
         f"Resolution that each pixel's query chooses, test image {index}: answer {answer}, label {examples[index][1]}"
     )
     return routing_over_image(
-        _as_image(data, examples[index][0]), choice, resolutions=heads[0].resolutions, title=title
+        _as_image(data, examples[index][0]), choice, resolutions=heads[0].resolutions_of_queries, title=title
     )
 
 
