@@ -10,7 +10,13 @@ from torch.autograd import forward_ad
 
 def is_exporting() -> bool:
     """Whether a graph of standard operators is being recorded, to run without this library."""
-    return torch.compiler.is_exporting() or torch._C._is_tracing()  # pyright: ignore - private
+    # (torch.compiler.is_exporting, which reads the same flag, is always true in what torch 2.11 compiles.)
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # pyright: ignore - private
+
+
+def is_traced() -> bool:
+    """Whether sizes are symbols, and a comparison of one would bind the graph to this length."""
+    return torch.compiler.is_compiling() or is_exporting()
 
 
 def transform_of(*tensors: Tensor | None) -> str | None:
@@ -28,8 +34,7 @@ def is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) is Tensor
         and tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()  # which exporting is too
-        and not torch._C._is_tracing()  # pyright: ignore - private
+        and not is_traced()
         and not torch._C._are_functorch_transforms_active()  # pyright: ignore - private
     )
 

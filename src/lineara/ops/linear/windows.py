@@ -20,7 +20,7 @@ from lineara.ops.linear.feature_maps import Summary
 from lineara.ops.linear.windows_in_place import Windows, WindowsInPlace, on_grid
 from lineara.ops.packed import Positions, Row, by_sequence, joined, stacked
 from lineara.ops.precision import accumulation_dtype
-from lineara.ops.tracing import is_exporting
+from lineara.ops.tracing import is_traced
 
 
 class Keys(NamedTuple):
@@ -74,8 +74,8 @@ def _over_windows(
 
         long = Positions(key), Positions(value), Positions(key_mask)
         return tuple(stacked(by_sequence(of_sequence, cu_seqlens, *long)))
-    # (While exporting, lengths have no numbers to compare with.)
-    windows = windows if is_exporting() else windows.within(max(windows.key_shape))
+    # (While tracing, lengths have no numbers to compare with.)
+    windows = windows if is_traced() else windows.within(max(windows.key_shape))
     runs = groups(windows.resolutions)
     sizes = [heads.stop - heads.start for heads, _ in runs]
     shrink = compress if means is reference else _compress_in_place
@@ -169,9 +169,9 @@ def compress(
         num_valid = _cut(key_mask[:, None, :, None], resolution, key_shape, False).sum(dim=3)  # (B, 1, J, 1)
         exists = num_valid[:, 0, :, 0] > 0  # (B, J)
         num_valid = num_valid.clamp_min(1).to(tensor.dtype)
-    elif is_exporting() or any(length % resolution for length in key_shape):
+    elif is_traced() or any(length % resolution for length in key_shape):
         num_valid = _num_inside(tensor, resolution, key_shape)  # (J, 1)
-        if is_exporting():
+        if is_traced():
             exists = (num_valid[:, 0] > 0).expand(tensor.shape[0], -1)
             num_valid = num_valid.clamp_min(1)
     if kind == "max":
@@ -190,7 +190,7 @@ def _cut(tensor: Tensor, resolution: int, key_shape: Sequence[int], fill: float)
     tensor = on_grid(tensor, key_shape)  # (B, h, *key_shape, D)
     counts = [_num_windows(size, resolution) for size in key_shape]
     missing = [count * resolution - size for count, size in zip(counts, key_shape)]
-    if is_exporting() or any(missing):
+    if is_traced() or any(missing):
         tensor = pad(tensor, [0, 0, *(side for size in reversed(missing) for side in (0, size))], value=fill)
     for axis in range(len(counts)):
         tensor = on_grid(tensor, (-1, resolution), axis=2 + 2 * axis)  # in the end (B, h, J1, r, J2, r, ..., D)
@@ -200,8 +200,8 @@ def _cut(tensor: Tensor, resolution: int, key_shape: Sequence[int], fill: float)
 
 
 def _num_windows(size: int, resolution: int) -> int:
-    """Along one axis; while exporting one more, without a position: tracing then knows that there are at least two."""
-    return (size + (2 * resolution if is_exporting() else resolution) - 1) // resolution
+    """Along one axis; while tracing one more, without a position: the tracer then knows that there are at least two."""
+    return (size + (2 * resolution if is_traced() else resolution) - 1) // resolution
 
 
 def _num_inside(like: Tensor, resolution: int, key_shape: Sequence[int]) -> Tensor:
