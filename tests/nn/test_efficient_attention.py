@@ -59,6 +59,7 @@ def test_a_sequence_of_many_blocks_compiles_into_one_graph(compiled):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++, which is not installed")
 def test_inductor_computes_the_same(compiled):
     layer = EfficientAttention(7, 7, key_dim=21, value_dim=35)

@@ -340,6 +340,8 @@ def test_streaming_is_as_exact_as_the_reference(
     inputs.append(torch.rand(2, 4, 7, dtype=dtype) * (torch.rand(2, 4, 7) > 0.5))
     options = weights(compression, resolutions=resolutions, key_dim=17, value_dim=60, dtype=dtype)
     mask = torch.rand(2, positions) > 0.4 if masked else None
+    if mask is not None:
+        mask[0, 0] = True  # of one position that is hidden, nothing could be seen
     names = list(options)
 
     def call(impl):

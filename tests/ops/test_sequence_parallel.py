@@ -148,6 +148,31 @@ def test_operations_work_where_torch_has_no_distributed_part(tmp_path):
     assert process.stdout.startswith("tensor(6.)\ngroup must be None until"), process.stderr
 
 
+# torch's own forward mode calls what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_transforms_are_refused_with_a_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        key = torch.randn(1, 1, 5, 3)
+        for name, options in (
+            ("efficient_attention", {}),
+            ("kernel_attention", {}),
+            ("multiresolution_attention", {"resolutions": [2]}),
+        ):
+            call = partial(getattr(ops, name), key, group=dist.group.WORLD, **options)
+            with pytest.raises(ValueError, match=r"^group must be None under a torch.func transform, got ProcessGroup"):
+                torch.func.jvp(lambda key, call=call: call(key, key), (key,), (key,))
+        summary = ops.summarize_context(key, key)
+        with torch.autograd.forward_ad.dual_level():
+            total = torch.autograd.forward_ad.make_dual(summary.total, summary.total)
+            with pytest.raises(
+                ValueError, match=r"^group must be None under forward-mode differentiation, got Process"
+            ):
+                ops.merge_contexts(summary._replace(total=total), group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
 # torch's own checker looks at .grad where there is none.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_operators_keep_the_contract_of_torch_library():

@@ -22,6 +22,8 @@ from lineara.ops.linear import operators
 from lineara.ops.linear import triton_kernels as kernels
 from lineara.ops.linear.blocks import empty_like_query
 
+pytestmark = pytest.mark.kernels
+
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # The interpreter's bfloat16 is wrong.

@@ -76,7 +76,8 @@ def efficient_attention(
 
     Args:
         query: (batch, heads, query positions, key channels); float64, float32, bfloat16 or float16, any strides.
-        key: (batch, heads, key positions, key channels), of the same dtype.
+        key: (batch, heads, key positions, key channels), of the same dtype. Keys and values may have fewer heads than
+            queries, a divisor of their number: neighbouring heads of queries then share one of keys (grouped queries).
         value: (batch, heads, key positions, value channels), of the same dtype.
         normalization: `"softmax"` or `"scaling"`.
         scale: multiplies both query and key. (key channels) ** -0.25 mimics scaled dot-product attention, as the first
@@ -107,13 +108,13 @@ def efficient_attention(
 
     Cost: O((N + M) K V) time for N query positions, M key positions, K key and V value channels per head. Memory
     beyond inputs and output: O(N K + M (K + V)) with `"reference"`; O(K V) and buffers of constant size with
-    `"streaming"`, to which inputs of up to 2 Mi elements are one block. With a group, messages of K (V + 2) numbers per
-    head forward (K (V + 1) under scaling) and K V backward.
+    `"streaming"`. With a group, messages of K (V + 2) numbers per head forward (K (V + 1) under scaling) and K V
+    backward.
 
     Source: Shen, Zhang, Zhao, Yi, Li, "Efficient Attention: Attention with Linear Complexities", WACV 2021,
     arXiv 1812.01243. Masks, `scale` and cross-attention are ours.
 
-    Gradients of any order are supported. For torch.func transforms use `impl="reference"`.
+    Gradients of any order are supported; `"auto"` also supports torch.func transforms, forward mode and torch.export.
     """
     query, key, value = as_autocast(query, key, value)
     check_key_and_value(key, value)
@@ -129,7 +130,7 @@ def efficient_attention(
         check_scale(scale),
         cu_seqlens_query=cu_seqlens_query,
         impl=impl,
-        group_name=name_of_group(group),
+        group_name=name_of_group(group, query, key, value),
     )
 
 
@@ -223,7 +224,7 @@ def merge_contexts(first: ContextSummary, *others: ContextSummary, group: "Group
             )
         check_same_dtype_and_device(("context", "other context"), (first.weighted_sum, other.weighted_sum))
         merged = ContextSummary(*reference.merge(merged[:3], other[:3]), *first[3:])
-    group_name = name_of_group(group)
+    group_name = name_of_group(group, *merged[:3])
     return ContextSummary(*merge_over_group(merged[:3], group_name), *first[3:]) if group_name else merged
 
 

@@ -47,7 +47,8 @@ def kernel_attention(
 
     Args:
         query: (batch, heads, query positions, key channels); float64, float32, bfloat16 or float16, any strides.
-        key: (batch, heads, key positions, key channels), of the same dtype.
+        key: (batch, heads, key positions, key channels), of the same dtype; its heads may be fewer, as
+            `efficient_attention` has it.
         value: (batch, heads, key positions, value channels), of the same dtype.
         feature_map: `"relu"` or `"elu"`, which is elu + 1.
         scale: multiplies both query and key; under relu a positive one changes nothing.
@@ -70,13 +71,12 @@ def kernel_attention(
 
     Cost: O((N + M) K V) time for N query positions, M key positions, K key and V value channels per head. Memory
     beyond inputs and output: O(N K + M (K + V)) with `"reference"`; O(K V) and buffers of constant size with
-    `"streaming"`, to which inputs of up to 2 Mi elements are one block. With a group, messages of K (V + 1) numbers per
-    head forward and as many backward.
+    `"streaming"`. With a group, messages of K (V + 1) numbers per head forward and as many backward.
 
     Source: Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs: Fast Autoregressive Transformers with Linear
     Attention", ICML 2020, arXiv 2006.16236, equations 4 to 7 (elu + 1). Masks and `scale` are ours.
 
-    Gradients of any order are supported. For torch.func transforms use `impl="reference"`.
+    Gradients of any order are supported; `"auto"` also supports torch.func transforms, forward mode and torch.export.
     """
     query, key, value = as_autocast(query, key, value)
     check_key_and_value(key, value)
@@ -92,5 +92,5 @@ def kernel_attention(
         check_scale(scale),
         cu_seqlens_query=cu_seqlens_query,
         impl=impl,
-        group_name=name_of_group(group),
+        group_name=name_of_group(group, query, key, value),
     )

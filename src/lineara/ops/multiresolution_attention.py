@@ -67,11 +67,12 @@ def multiresolution_attention(
 
     Args:
         query: (batch, heads, query positions, key channels); float64, float32, bfloat16 or float16, any strides.
-        key: (batch, heads, key positions, key channels), of the same dtype.
+        key: (batch, heads, key positions, key channels), of the same dtype; its heads may be fewer, as
+            `efficient_attention` has it.
         value: (batch, heads, key positions, value channels), of the same dtype.
-        resolutions: for every head, the number of positions r_h >= 1 that one key stands for, along each axis of
-            `key_shape`; one beyond the grid makes a single window. Heads of the same resolution are computed together
-            where they are neighbours.
+        resolutions: for every head of keys, the number of positions r_h >= 1 that one key stands for, along each axis
+            of `key_shape`; one beyond the grid makes a single window. Neighbouring heads of the same resolution are
+            computed together.
         compression: `"mean"`, `"max"` or `"conv"`.
         feature_map: `"softmax"`, `"relu"` or `"elu"` (elu + 1).
         gate: (batch, heads, query positions), multiplies the output of each head: 0 where a query does not use it.
@@ -83,8 +84,7 @@ def multiresolution_attention(
         scale: multiplies both query and (compressed) key.
         key_mask: boolean (batch, key positions), True = takes part. What a masked position holds, NaN and inf
             included, reaches neither the output nor a gradient. An item without a valid position gives zeros.
-        cu_seqlens_query: of packed sequences, as `efficient_attention` has them. Windows begin anew with each sequence,
-            and each is computed by a call of its own, whatever the implementation.
+        cu_seqlens_query: of packed sequences, as `efficient_attention` has them. Windows begin anew with each sequence.
         cu_seqlens_key: the same for keys and values; without a `key_shape`.
         impl: `"auto"`, `"reference"`, `"streaming"` or `"triton"`: the means, never the mathematics. `"triton"` needs
             a GPU, at most 512 channels per head and no float64; `explain_implementation` says what `"auto"` picks.
@@ -113,7 +113,7 @@ def multiresolution_attention(
     2108.04962. Its abstract states heads of different resolution, each query's choice among them, and kernel attention;
     how windows are compressed, the feature maps, masks and partial windows are our choice.
 
-    Gradients of any order are supported. For torch.func transforms use `impl="reference"`.
+    Gradients of any order are supported; `"auto"` also supports torch.func transforms, forward mode and torch.export.
     """
     query, key, value, gate, key_weight, value_weight = as_autocast(query, key, value, gate, key_weight, value_weight)
     check_key_and_value(key, value)
@@ -129,7 +129,7 @@ def multiresolution_attention(
     check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
     if cu_seqlens_key is not None and given_shape is not None:
         raise ValueError(f"key_shape must be None with packed sequences, got {tuple(given_shape)}")
-    group_name = name_of_group(group)
+    group_name = name_of_group(group, query, key, value, gate, key_weight, value_weight)
     run = partial(
         attention.linear_attention,
         "multiresolution_attention",

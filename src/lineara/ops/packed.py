@@ -54,7 +54,12 @@ def stacked(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 def joined(parts: Sequence[Sequence[Tensor]], *into: Tensor) -> list[Tensor]:
     """Every sequence's results for its positions, (1, H, positions, ...), one after the other again, in those given."""
-    return [torch.cat(tensors, dim=2, out=target) for tensors, target in zip(zip(*parts), into)]
+    for i, target in enumerate(into):
+        # (torch.cat does not write into a target that is a single number with strides.)
+        places = torch.split(target, [part[i].shape[2] for part in parts], dim=2)
+        for place, part in zip(places, parts):
+            place.copy_(part[i])
+    return list(into)
 
 
 def _of_sequence(argument: object, start: int, end: int, i: int, starts: list[int]) -> object:

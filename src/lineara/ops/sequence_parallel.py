@@ -21,6 +21,7 @@ from lineara.ops.differentiation import reference_gradients
 from lineara.ops.library import define
 from lineara.ops.linear.feature_maps import Summary, feature_map
 from lineara.ops.linear.reference import finite_shift, quotient
+from lineara.ops.tracing import transform_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,10 +30,17 @@ if TYPE_CHECKING:
     Group = ProcessGroup | DeviceMesh | None
 
 
-def name_of_group(group: "Group") -> str:
-    """The name under which torch knows the group, "" for None; raise unless this rank can talk to its ranks."""
+def name_of_group(group: "Group", *tensors: Tensor | None) -> str:
+    """The name under which torch knows the group, "" for None; raise unless this rank can talk to its ranks.
+
+    And raise where the tensors are transformed, or have tangents, which messages would lose.
+    """
     if group is None:
         return ""
+    if transform := transform_of(*tensors):
+        raise ValueError(
+            f"group must be None under {transform}, got {type(group).__name__}; gather all positions on one rank"
+        )
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             "group must be None until torch.distributed is initialized, got "

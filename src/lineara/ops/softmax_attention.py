@@ -41,13 +41,18 @@ def softmax_attention(
 
     Args:
         query: (batch, heads, query positions, key channels); float64, float32, bfloat16 or float16, any strides.
-        key: (batch, heads, key positions, key channels), of the same dtype.
+        key: (batch, heads, key positions, key channels), of the same dtype; its heads may be fewer, as
+            `efficient_attention` has it.
         value: (batch, heads, key positions, value channels), of the same dtype.
         normalization: `"softmax"` (over key positions) or `"scaling"`.
-        scale: multiplies both query and key. None is the field's default: (key channels) ** -0.25, so that the products
-            are divided by the square root of the key channels, under `"softmax"`; 1 under `"scaling"`.
+        scale: **multiplies both query and key, so that it is the square root of torch's**:
+            `scaled_dot_product_attention(query, key, value, scale=s * s)` is this at `scale=s`. None is the field's
+            default: (key channels) ** -0.25, so that the products are divided by the square root of the key channels,
+            under `"softmax"`; 1 under `"scaling"`.
         key_mask: boolean (batch, key positions), True = takes part. Masked positions never leak, NaN and inf included;
             an item without a valid position gives zeros.
+        cu_seqlens_query: of packed sequences, as `efficient_attention` has them; each is a call of torch's of its own.
+        cu_seqlens_key: the same for keys and values.
         impl: `"auto"` or `"reference"`: torch's own scaled_dot_product_attention.
 
     Returns:

@@ -58,12 +58,9 @@ def context_of(
         return quotient(weighted_sum, total)
     # The lowest number, not -inf, so that the softmax of an item without valid positions is not NaN.
     key, value = _prepare(key, value, scale, key_mask, torch.finfo(accumulation_dtype(key.dtype)).min)
-    weights = key.softmax(dim=2)
+    weights = _position_softmax(key)
     if key_mask is not None:
         weights = weights.masked_fill(~key_mask[:, None, :, None], 0.0)
-    elif not is_plain(weights) or _has_nan(weights):
-        # A channel of -inf alone has the total 0, and torch's softmax is NaN at all of its positions.
-        weights = weights.masked_fill((_position_maximum(key) == -torch.inf)[:, :, None, :], 0.0)
     return weights.mT @ value
 
 
@@ -135,12 +132,17 @@ def _position_maximum(key: Tensor) -> Tensor:
     return key.detach().amax(dim=2)
 
 
-def _has_nan(weights: Tensor) -> bool:
-    """Whether a channel is NaN, which it is at the first position if it is anywhere."""
-    if weights.shape[2] == 0:
-        return False
-    total = weights.detach().select(2, 0).sum().item()
-    return total != total
+def _position_softmax(key: Tensor) -> Tensor:
+    """The softmax over positions; 0, as the total is, for a channel of -inf alone, of which torch's is NaN."""
+    if is_plain(key):
+        weights = key.softmax(dim=2)
+        # A channel that is NaN anywhere is so at its first position.
+        first = weights.detach().select(2, 0).sum().item() if key.shape[2] else 0.0
+        if first == first:
+            return weights
+    silent = (_position_maximum(key) == -torch.inf)[:, :, None, :]
+    # (Filled before as well: the gradient of a NaN is NaN.)
+    return key.masked_fill(silent, 0.0).softmax(dim=2).masked_fill(silent, 0.0)
 
 
 def _prepare(key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None, fill: float) -> tuple[Tensor, Tensor]:

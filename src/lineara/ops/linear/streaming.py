@@ -121,7 +121,8 @@ def attend(
     output = empty_like_query(query, weighted_sum.shape[3])
     if cu_seqlens is not None:
         tensors = Positions(query), Row(total), Row(weighted_sum), Positions(gate)
-        return torch.cat(by_sequence(attend, cu_seqlens, *tensors, None, name, scale), dim=2, out=output)
+        parts = by_sequence(attend, cu_seqlens, *tensors, None, name, scale)
+        return joined([(part,) for part in parts], output)[0]
     phi = feature_map(name)
     query_buffer, output_buffer = Buffer(query), Buffer(output)
     sums = total.contiguous(), weighted_sum.contiguous()
