@@ -103,7 +103,6 @@ def test_there_are_four_operators_of_attention():
         *((name, "auto") for name in OPERATIONS),
         ("relu", "streaming"),
         ("softmax", "reference"),
-        ("windows", "reference"),
     ],
 )
 def test_one_graph_serves_every_length(name, impl, with_gradients, monkeypatch):

@@ -7,6 +7,7 @@ Letters in comments: B batch, H heads, h heads of one resolution, M key position
 D channels; K key channels, V value channels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,8 +20,8 @@ from lineara.ops.linear import reference
 from lineara.ops.linear.feature_maps import Summary
 from lineara.ops.linear.windows_in_place import Windows, WindowsInPlace, on_grid
 from lineara.ops.packed import Positions, Row, by_sequence, joined, stacked
-from lineara.ops.precision import accumulation_dtype
-from lineara.ops.tracing import is_traced
+from lineara.ops.precision import widened
+from lineara.ops.tracing import is_plain, is_traced
 
 
 class Keys(NamedTuple):
@@ -42,13 +43,17 @@ def summarize(means: ModuleType, keys: Keys, windows: Windows, feature_map: str,
 
 def context_of(keys: Keys, windows: Windows, feature_map: str, scale: float) -> Tensor:
     """By the reference, the weighted sum divided by the total, (B, H, K, V), of a map that divides so."""
-    if not windows.resolutions:
-        return reference.context_of(*keys[:4], feature_map, scale)
 
-    def one(*arguments: Any) -> tuple[Tensor]:
-        return (reference.context_of(*arguments),)
+    def compute(*arguments: Any) -> tuple[Tensor]:
+        return (reference.context_of(*arguments, exact=exact),)
 
-    return _over_windows(reference, one, keys, windows, feature_map, scale)[0]
+    exact = not is_plain(keys.key)
+    context = _over_windows(reference, compute, keys, windows, feature_map, scale)[0]
+    # A key channel that is not exact is NaN in all of its row.
+    if not exact and math.isnan(context.detach().select(3, 0).sum().item()):
+        exact = True
+        return _over_windows(reference, compute, keys, windows, feature_map, scale)[0]
+    return context
 
 
 def _over_windows(
@@ -158,20 +163,25 @@ def compress(
     kind, key_shape = windows.compression, windows.key_shape
     if resolution == 1 and kind != "conv":
         return tensor, key_mask
-    tensor = tensor.to(accumulation_dtype(tensor.dtype))
+    tensor = widened(tensor)
     fill = -torch.inf if kind == "max" else 0.0
     if key_mask is not None:
         tensor = tensor.masked_fill(~key_mask[:, None, :, None], fill)
-    cut = _cut(tensor, resolution, key_shape, fill)  # (B, h, J, W, D)
+    # While tracing there is one more window along each axis, without a position, so that there are known to be two.
+    traced = is_traced()
+    counts = [(length + (2 if traced else 1) * resolution - 1) // resolution for length in key_shape]
+    is_whole = not traced and all(count * resolution == length for count, length in zip(counts, key_shape))
+    cut = _cut(tensor, resolution, key_shape, counts, is_whole, fill)  # (B, h, J, W, D)
     size = resolution ** len(key_shape)
     num_valid = exists = None
     if key_mask is not None:
-        num_valid = _cut(key_mask[:, None, :, None], resolution, key_shape, False).sum(dim=3)  # (B, 1, J, 1)
+        valid = _cut(key_mask[:, None, :, None], resolution, key_shape, counts, is_whole, False)  # (B, 1, J, W, 1)
+        num_valid = valid.sum(dim=3)  # (B, 1, J, 1)
         exists = num_valid[:, 0, :, 0] > 0  # (B, J)
         num_valid = num_valid.clamp_min(1).to(tensor.dtype)
-    elif is_traced() or any(length % resolution for length in key_shape):
-        num_valid = _num_inside(tensor, resolution, key_shape)  # (J, 1)
-        if is_traced():
+    elif not is_whole:
+        num_valid = _num_inside(tensor, resolution, key_shape, counts)  # (J, 1)
+        if traced:
             exists = (num_valid[:, 0] > 0).expand(tensor.shape[0], -1)
             num_valid = num_valid.clamp_min(1)
     if kind == "max":
@@ -185,30 +195,28 @@ def compress(
     return cut.sum(dim=3) / (size if num_valid is None else num_valid), exists
 
 
-def _cut(tensor: Tensor, resolution: int, key_shape: Sequence[int], fill: float) -> Tensor:
-    """(B, h, M, D) to (B, h, J, W, D): the grid of positions cut into cubes, filled up to whole ones."""
+def _cut(
+    tensor: Tensor, resolution: int, key_shape: Sequence[int], counts: Sequence[int], is_whole: bool, fill: float
+) -> Tensor:
+    """(B, h, M, D) to (B, h, J, W, D): the grid of positions cut into cubes, filled up to so many whole ones."""
     tensor = on_grid(tensor, key_shape)  # (B, h, *key_shape, D)
-    counts = [_num_windows(size, resolution) for size in key_shape]
-    missing = [count * resolution - size for count, size in zip(counts, key_shape)]
-    if is_traced() or any(missing):
+    if not is_whole:
+        missing = [count * resolution - size for count, size in zip(counts, key_shape)]
         tensor = pad(tensor, [0, 0, *(side for size in reversed(missing) for side in (0, size))], value=fill)
-    for axis in range(len(counts)):
-        tensor = on_grid(tensor, (-1, resolution), axis=2 + 2 * axis)  # in the end (B, h, J1, r, J2, r, ..., D)
     num_axes = len(key_shape)
+    for axis in range(num_axes):
+        tensor = on_grid(tensor, (-1, resolution), axis=2 + 2 * axis)  # in the end (B, h, J1, r, J2, r, ..., D)
+    if num_axes == 1:
+        return tensor
     tensor = tensor.movedim([3 + 2 * axis for axis in range(num_axes)], [-1 - num_axes + i for i in range(num_axes)])
     return tensor.flatten(2 + num_axes, 1 + 2 * num_axes).flatten(2, 1 + num_axes)
 
 
-def _num_windows(size: int, resolution: int) -> int:
-    """Along one axis; while tracing one more, without a position: the tracer then knows that there are at least two."""
-    return (size + (2 * resolution if is_traced() else resolution) - 1) // resolution
-
-
-def _num_inside(like: Tensor, resolution: int, key_shape: Sequence[int]) -> Tensor:
+def _num_inside(like: Tensor, resolution: int, key_shape: Sequence[int], counts: Sequence[int]) -> Tensor:
     """The number of positions of every window that lie on the grid: (J, 1)."""
     inside = like.new_ones(())
-    for size in key_shape:
-        starts = torch.arange(_num_windows(size, resolution), device=like.device) * resolution
+    for size, count in zip(key_shape, counts):
+        starts = torch.arange(count, device=like.device) * resolution
         inside = inside[..., None] * (size - starts).clamp(min=0, max=resolution)
     return inside.flatten()[:, None]
 
