@@ -9,6 +9,7 @@ the spread of this checkout's times, from the lower to the upper quartile. A qui
 
 import argparse
 import importlib
+import os
 import random
 import statistics
 import subprocess
@@ -58,6 +59,10 @@ def main() -> None:
                     continue
                 for gradients in (False, True):
                     row(name, shape, layout, gradients, before, options.seconds)
+        print("\n## The first call in a fresh process that has imported torch and the package\n")
+        print("(Of 2.4 Mi elements, without gradients; the second call is the same one again.)\n")
+        for package in ("lineara_before", "lineara"):
+            print(f"- {package}: {first_call(package, folder)}")
     print("\n## Peak memory of a forward and backward pass of efficient attention, MB beyond its inputs\n")
     print("(8 heads of 64 channels; the output and three gradients are all that must exist.)\n")
     import against_commit  # under its own name, by which the fresh process finds it
@@ -78,6 +83,32 @@ def earlier(commit: str, folder: Path) -> Any:
         path.write_text(path.read_text().replace("lineara", "lineara_before"))
     sys.path.insert(0, str(folder))
     return importlib.import_module("lineara_before.ops")
+
+
+FIRST_CALL = """
+import importlib, resource, sys, time, torch
+ops = importlib.import_module(sys.argv[1] + ".ops")
+torch.set_num_threads(1)
+x = torch.randn(1, 1, 150_000, 16)
+x.softmax(2).mT @ x
+before, modules = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(sys.modules)
+times = []
+for _ in range(2):
+    begin = time.perf_counter()
+    ops.efficient_attention(x, x, x)
+    times.append(time.perf_counter() - begin)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+loaded = "with" if "torch._dynamo" in sys.modules else "without"
+print(f"{times[0]:.2f} s and {grown:.0f} MiB, then {times[1]:.2f} s;", end=" ")
+print(f"{len(sys.modules) - modules} modules, {loaded} torch._dynamo")
+"""
+
+
+def first_call(package: str, folder: str) -> str:
+    paths = [folder, str(REPOSITORY / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    words = [sys.executable, "-c", FIRST_CALL, package]
+    return subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
 
 def row(name: str, shape: tuple[int, ...], layout: str, gradients: bool, before: Any, seconds: float) -> None:

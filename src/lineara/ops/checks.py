@@ -10,9 +10,7 @@ from typing import Any, Literal, SupportsIndex, get_args
 import torch
 from torch import Tensor
 
-from lineara.ops.linear.feature_maps import FeatureMap, KernelMap
-
-__all__ = ["Compression", "FeatureMap", "Implementation", "KernelMap", "Normalization"]
+from lineara.ops.linear.feature_maps import FeatureMap
 
 Normalization = Literal["softmax", "scaling"]
 Compression = Literal["mean", "max", "conv"]
@@ -152,13 +150,8 @@ def check_packing(cu_seqlens_query: Tensor | None, cu_seqlens_key: Tensor | None
             f"cu_seqlens_{'query' if cu_seqlens_key is None else 'key'}; pass the same tensor twice for self-attention"
         )
     if cu_seqlens_query is not None and cu_seqlens_key is not None:
-        _check_equal_size(
-            "cu_seqlens_query",
-            cu_seqlens_query.shape[0],
-            "cu_seqlens_key",
-            cu_seqlens_key.shape[0],
-            "number of entries",
-        )
+        entries = cu_seqlens_query.shape[0], cu_seqlens_key.shape[0]
+        _check_equal_size("cu_seqlens_query", entries[0], "cu_seqlens_key", entries[1], "number of entries")
 
 
 def check_scale(scale: Any) -> float:

@@ -33,7 +33,7 @@ _AVAILABLE = {
 _ONE_BLOCK_ELEMENTS = 2 * 1024 * 1024
 _WIDEST = 512
 # Wider blocks of float32 do not fit into a multiprocessor's registers.
-_WIDEST_FAST_FLOAT32 = 256
+_WIDEST_FLOAT32 = 256
 
 
 def choose_implementation(operation: str, impl: str, query: Tensor, value: Tensor, *others: Tensor | None) -> str:
@@ -46,9 +46,8 @@ def choose_implementation(operation: str, impl: str, query: Tensor, value: Tenso
     check_choice("impl", impl, IMPLEMENTATIONS)
     available = _AVAILABLE[operation]
     if impl not in available:
-        raise ValueError(
-            f"impl must be an implementation that {operation} has ({_listed(available)}), got {impl!r}; use impl='auto'"
-        )
+        has = ", ".join(map(repr, available))
+        raise ValueError(f"impl must be an implementation that {operation} has ({has}), got {impl!r}; use impl='auto'")
     if impl == "triton" and (obstacle := _obstacle(query, value)):
         move = "" if query.device.type == "cuda" else " or move the tensors"
         raise ValueError(f"impl='triton' needs {obstacle}; use impl='auto'{move}")
@@ -118,11 +117,8 @@ def _rule(operation: str, query: Tensor, value: Tensor, *others: Tensor | None) 
         return "reference", f"the tensors are on {device}, where few large operations beat many blocks"
     if obstacle := _obstacle(query, value):
         return "reference", f"the fused kernels need {obstacle}"
-    if query.dtype == torch.float32 and _widest(query, value) > _WIDEST_FAST_FLOAT32:
-        return (
-            "reference",
-            f"in float32 the fused kernels are made for at most {_WIDEST_FAST_FLOAT32} channels per head",
-        )
+    if query.dtype == torch.float32 and _widest(query, value) > _WIDEST_FLOAT32:
+        return "reference", f"in float32 the fused kernels are made for at most {_WIDEST_FLOAT32} channels per head"
     return "triton", "the tensors are on a GPU, where the fused kernels read and write each of them once"
 
 
@@ -165,7 +161,3 @@ _lacking_on._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemb
 
 def _widest(query: Tensor, value: Tensor) -> int:
     return max(query.shape[3], value.shape[3])
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(map(repr, names))

@@ -1,12 +1,13 @@
-"""How this library registers operators with torch: every one has shapes for tracing, and formulas for its gradients."""
+"""How this library registers operators with torch: with shapes for tracing, and formulas for gradients of any order."""
 
 # pyright: reportUnknownMemberType=false
 # (torch.library types its registrations only in part)
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.library import Library
 
 LIBRARY = Library("lineara", "FRAGMENT")
@@ -34,3 +35,23 @@ def define(
         backward, save = gradients
         torch.library.register_autograd(f"lineara::{name}", backward, setup_context=save, lib=LIBRARY)
     return getattr(torch.ops.lineara, name).default
+
+
+def reference_gradients(
+    forward: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, of what the reference computes, for the inputs that need one."""
+    with torch.enable_grad():
+        outputs = forward(*inputs)
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        pairs = [(output, grad) for output, grad in zip(outputs, grad_outputs) if output.requires_grad]
+        gradients = iter(
+            torch.autograd.grad(
+                [output for output, _ in pairs],
+                wanted,
+                [grad for _, grad in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+    return [next(gradients) if tensor.requires_grad else None for tensor in inputs]

@@ -47,9 +47,9 @@ def cut(cu_seqlens: Tensor, *tensors: Tensor | None) -> list[Any]:
     return by_sequence(lambda *parts: parts, cu_seqlens, *map(Positions, tensors))  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
 
 
-def stacked(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def stacked(parts: Sequence[Sequence[Tensor]]) -> tuple[Any, ...]:
     """Every sequence's results for the whole of it, (1, ...), as one item each."""
-    return [torch.cat(tensors) for tensors in zip(*parts)]
+    return tuple(torch.cat(tensors) for tensors in zip(*parts))
 
 
 def joined(parts: Sequence[Sequence[Tensor]], *into: Tensor) -> list[Tensor]:

@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lineara.ops.differentiation import reference_gradients
-from lineara.ops.library import define
+from lineara.ops.library import define, reference_gradients
 from lineara.ops.linear.feature_maps import Summary, feature_map
 from lineara.ops.linear.reference import finite_shift, quotient
 from lineara.ops.tracing import transform_of
@@ -91,7 +90,7 @@ def merge_over_group(summary: Summary, group_name: str) -> Summary:
 
 
 def _of_common_maximum(summary: Summary, group_name: str) -> Summary:
-    maximum = maximum_over_group(summary[0], group_name)
+    maximum = maximum_over_group(summary[0].detach(), group_name)
     factor = (summary[0] - finite_shift(maximum)).exp()
     return maximum, summary[1] * factor, summary[2] * factor[..., None]
 
@@ -140,14 +139,6 @@ def _sum_gradients(ctx: Any, grad: Tensor):
     return sum_over_group(grad, ctx.group_name), None
 
 
-def _no_gradients(ctx: Any, _: Tensor):
-    return None, None
-
-
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.mark_non_differentiable(output)
-
-
 def _save_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     total, weighted_sum, ctx.group_name = inputs
     ctx.save_for_backward(total, weighted_sum, *output)
@@ -168,12 +159,7 @@ def _context_gradients(ctx: Any, grad_context: Tensor, _: Tensor):
 
 
 # The largest of all ranks' numbers, which are shifts that cancel: no gradient.
-maximum_over_group = define(
-    "maximum_over_group(Tensor tensor, str group_name) -> Tensor",
-    _maximum,
-    _fake_reduced,
-    (_no_gradients, _save_nothing),
-)
+maximum_over_group = define("maximum_over_group(Tensor tensor, str group_name) -> Tensor", _maximum, _fake_reduced)
 # The sum of all ranks' tensors; its gradient is the sum of all ranks' gradients.
 sum_over_group = define(
     "sum_over_group(Tensor tensor, str group_name) -> Tensor", _sum, _fake_reduced, (_sum_gradients, _save_name)

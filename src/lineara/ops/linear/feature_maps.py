@@ -5,7 +5,8 @@ GPU kernels (`triton_kernels.py`) are the only two places that know a map.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ FeatureMap = Literal["softmax", KernelMap]
 Summary = tuple[Tensor, Tensor, Tensor]
 
 
-class Map(NamedTuple):
+@dataclass(frozen=True)
+class Map:
     """What the implementations must know of a map. Under softmax, phi of a key is exp(key - maximum over positions)."""
 
     of: Callable[[Tensor], Tensor]  # phi of queries, and of keys where there is no maximum; differentiable
@@ -31,6 +33,34 @@ class Map(NamedTuple):
     counts_positions: bool = False  # whether that total is the number of positions, not the sum of weights
 
 
+_MAPS: dict[str, Map] = {
+    "softmax": Map(
+        of=lambda x: x.softmax(dim=3),
+        of_block=lambda x, out: torch.softmax(x, dim=2, out=out),
+        times_slope=lambda gradient, weights: gradient.mul_(weights),
+        has_maximum=True,
+        divides_context=True,
+    ),
+    "identity": Map(
+        of=lambda x: x,
+        of_block=lambda x, out: x,
+        times_slope=lambda gradient, weights: gradient,
+        divides_context=True,
+        counts_positions=True,
+    ),
+    "relu": Map(
+        of=lambda x: x.relu(),
+        of_block=lambda x, out: torch.clamp(x, min=0.0, out=out),
+        times_slope=lambda gradient, weights: gradient.masked_fill_(weights <= 0, 0.0),
+    ),
+    "elu": Map(  # elu + 1, written such that it keeps its digits where it is small
+        of=lambda x: x.clamp_max(0.0).exp() + x.relu(),
+        of_block=lambda x, out: _add(x.relu(), to=torch.clamp(x, max=0.0, out=out).exp_()),
+        times_slope=lambda gradient, weights: gradient.mul_(weights.clamp(max=1.0)),
+    ),
+}
+
+
 def feature_map(name: str) -> Map:
     """The map of a name; raise for a name that is none."""
     if name not in _MAPS:
@@ -38,51 +68,6 @@ def feature_map(name: str) -> Map:
     return _MAPS[name]
 
 
-def _softmax(x: Tensor) -> Tensor:
-    return x.softmax(dim=3)
-
-
-def _softmax_of_block(x: Tensor, out: Tensor) -> Tensor:
-    return torch.softmax(x, dim=2, out=out)
-
-
-def _times_weights(gradient: Tensor, weights: Tensor) -> Tensor:
-    return gradient.mul_(weights)
-
-
-def _same(x: Tensor, out: Tensor | None = None) -> Tensor:
-    return x
-
-
-def _times_one(gradient: Tensor, weights: Tensor) -> Tensor:
-    return gradient
-
-
-def _relu_of_block(x: Tensor, out: Tensor) -> Tensor:
-    return torch.clamp(x, min=0.0, out=out)
-
-
-def _where_positive(gradient: Tensor, weights: Tensor) -> Tensor:
-    return gradient.masked_fill_(weights <= 0, 0.0)
-
-
-def _elu_plus_one(x: Tensor) -> Tensor:
-    # (Written such that it keeps its digits where it is small.)
-    return x.clamp_max(0.0).exp() + x.relu()
-
-
-def _elu_plus_one_of_block(x: Tensor, out: Tensor) -> Tensor:
-    positive = x.relu()
-    return torch.clamp(x, max=0.0, out=out).exp_().add_(positive)
-
-
-def _times_at_most_one(gradient: Tensor, weights: Tensor) -> Tensor:
-    return gradient.mul_(weights.clamp(max=1.0))
-
-
-_MAPS: dict[str, Map] = {
-    "softmax": Map(_softmax, _softmax_of_block, _times_weights, has_maximum=True, divides_context=True),
-    "identity": Map(_same, _same, _times_one, divides_context=True, counts_positions=True),
-    "relu": Map(torch.relu, _relu_of_block, _where_positive),
-    "elu": Map(_elu_plus_one, _elu_plus_one_of_block, _times_at_most_one),
-}
+def _add(positive: Tensor, *, to: Tensor) -> Tensor:
+    # (A function, so that the first is computed before `to` writes over what it is made of.)
+    return to.add_(positive)

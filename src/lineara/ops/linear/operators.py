@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lineara.ops.differentiation import reference_gradients
 from lineara.ops.dispatch import means_of
 from lineara.ops.flops import count_flops, num_windows, products
-from lineara.ops.library import define
+from lineara.ops.library import define, reference_gradients
 from lineara.ops.linear import reference, streaming, windows
 from lineara.ops.linear.blocks import empty_like_query
 from lineara.ops.linear.feature_maps import Summary

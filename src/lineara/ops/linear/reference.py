@@ -26,8 +26,7 @@ def summarize(
     """
     if cu_seqlens is not None:
         tensors = Positions(key), Positions(value), Positions(key_mask)
-        maximum, total, weighted_sum = stacked(by_sequence(summarize, cu_seqlens, *tensors, None, name, scale))
-        return maximum, total, weighted_sum
+        return stacked(by_sequence(summarize, cu_seqlens, *tensors, None, name, scale))
     phi = feature_map(name)
     num_valid = count_positions(key, key_mask) if phi.counts_positions else None  # (B, H, K)
     key, value = _prepare(key, value, scale, key_mask, -torch.inf if phi.has_maximum else 0.0)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from functools import reduce
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,37 +49,20 @@ def summarize(*arguments: Any) -> Summary:
     """What the operator computes: the summary of the windows that begin on this rank, completed by other ranks."""
     keys, name, scale, grid, impl = of_summary(arguments[:-1])
     means = means_of(impl, keys.key, keys.value)
-    parts, _ = _parts(keys, grid, arguments[-1])
+    parts = Alignment(keys, grid, arguments[-1]).parts(keys)
     return reduce(reference.merge, (windows.summarize(means, part, of_part, name, scale) for part, of_part in parts))
 
 
 def _summarize_backward(grad_total: Tensor, grad_weighted_sum: Tensor, maximum: Tensor, *arguments: Any):
     keys, name, scale, grid, impl = of_summary(arguments[:-1])
     means = in_blocks(means_of(impl, keys.key, keys.value))
-    parts, alignment = _parts(keys, grid, arguments[-1])
+    alignment = Alignment(keys, grid, arguments[-1])
     whole, rest = (
         windows.summarize_backward(means, grad_total, grad_weighted_sum, part, maximum, of_part, name, scale)
-        for part, of_part in parts
+        for part, of_part in alignment.parts(keys)
     )
     weights = (keys.key.new_empty(0) if a is None or b is None else a + b for a, b in zip(whole[2:], rest[2:]))
     return *alignment.gradients(whole[:2], rest[:2]), *weights
-
-
-def _parts(keys: Keys, grid: Windows, group_name: str) -> tuple[list[tuple[Keys, Windows]], "Alignment"]:
-    """The windows of this rank in two parts, and how they came here."""
-    alignment = Alignment(keys.key, keys.key_mask, grid.key_shape, grid.resolutions, group_name)
-    grid = grid.within(alignment.largest)
-    parts = alignment.parts(keys.key, keys.value, keys.key_mask)
-    return [(Keys(*part[:3], None, *keys[4:]), grid._replace(key_shape=part.key_shape)) for part in parts], alignment
-
-
-class Part(NamedTuple):
-    """Some keys and values of this rank, on a grid of their own."""
-
-    key: Tensor  # (B, H, M, K)
-    value: Tensor  # (B, H, M, V)
-    key_mask: Tensor | None  # (B, M)
-    key_shape: tuple[int, ...]
 
 
 class Alignment:
@@ -90,21 +73,20 @@ class Alignment:
     of all resolutions.
     """
 
-    def __init__(
-        self, key: Tensor, key_mask: Tensor | None, key_shape: Sequence[int], resolutions: Sequence[int], name: str
-    ) -> None:
-        self._group = process_group(name)
+    def __init__(self, keys: Keys, grid: Windows, group_name: str) -> None:
+        key, key_shape = keys.key, grid.key_shape
+        self._group = process_group(group_name)
         self._rank = dist.get_rank(self._group)
         # One number of 8 bytes says how long a shard is, and whether it has a mask.
-        told = torch.tensor([2 * key_shape[0] + (key_mask is not None)], dtype=torch.int64, device=key.device)
+        told = torch.tensor([2 * key_shape[0] + (keys.key_mask is not None)], dtype=torch.int64, device=key.device)
         heard = told.new_empty(dist.get_world_size(self._group))
         dist.all_gather_into_tensor(heard, told, self._group)
         numbers: list[int] = heard.tolist()  # pyright: ignore[reportUnknownVariableType]
         lengths = [number // 2 for number in numbers]
         self._masked = any(number % 2 for number in numbers)
         self._axes = tuple(key_shape[1:])
-        self.largest = max(1, sum(lengths), *self._axes)
-        multiple = math.lcm(*(min(resolution, max(1, sum(lengths))) for resolution in resolutions))
+        self._grid = grid.within(max(sum(lengths), *self._axes, 1))
+        multiple = math.lcm(*(min(resolution, max(1, sum(lengths))) for resolution in grid.resolutions))
         row = math.prod(self._axes)
         self._moves = [(*move, rows * row) for *move, rows in _moves(lengths, multiple)]
         handed = sum(count for source, _, count in self._moves if source == self._rank)
@@ -113,8 +95,9 @@ class Alignment:
         self._sizes = [handed, whole, kept - whole]
         self._rows = row
 
-    def parts(self, key: Tensor, value: Tensor, key_mask: Tensor | None) -> tuple[Part, Part]:
+    def parts(self, keys: Keys) -> list[tuple[Keys, Windows]]:
         """The aligned shard in two: windows that lie here, without a copy, and the one that other ranks complete."""
+        key, value, key_mask, _, *weights = keys
         if self._masked and key_mask is None:
             key_mask = key.new_ones((key.shape[0], key.shape[2]), dtype=torch.bool)
         _, whole_key, key_here = torch.split(key, self._sizes, 2)
@@ -133,10 +116,8 @@ class Alignment:
         if key_mask is not None:
             whole_mask = key_mask[:, handed : handed + whole]
             rest_mask = torch.cat([key_mask[:, handed + whole :], received[:, 0, :, -1] > 0], dim=1)
-        return (
-            Part(whole_key, whole_value, whole_mask, self._shape(whole_key)),
-            Part(rest_key, rest_value, rest_mask, self._shape(rest_key)),
-        )
+        parts = (whole_key, whole_value, whole_mask), (rest_key, rest_value, rest_mask)
+        return [(Keys(*part, None, *weights), self._grid_of(part[0])) for part in parts]
 
     def gradients(self, of_whole: Sequence[Tensor], of_rest: Sequence[Tensor]) -> list[Tensor]:
         """From the gradients of both parts' keys and values, those of the shard's: what was handed over comes back."""
@@ -171,8 +152,8 @@ class Alignment:
             message.wait()
         return torch.cat(incoming, dim=2) if incoming else tensor[:, :, :0].contiguous()
 
-    def _shape(self, tensor: Tensor) -> tuple[int, ...]:
-        return (tensor.shape[2] // self._rows if self._rows else 0, *self._axes)
+    def _grid_of(self, key: Tensor) -> Windows:
+        return self._grid._replace(key_shape=(key.shape[2] // self._rows if self._rows else 0, *self._axes))
 
 
 class _HandOver(torch.autograd.Function):

@@ -26,8 +26,7 @@ def summarize(
     """As `reference.summarize`."""
     if cu_seqlens is not None:
         tensors = Positions(key), Positions(value), Positions(key_mask)
-        maximum, total, weighted_sum = stacked(by_sequence(summarize, cu_seqlens, *tensors, None, name, scale))
-        return maximum, total, weighted_sum
+        return stacked(by_sequence(summarize, cu_seqlens, *tensors, None, name, scale))
     phi = feature_map(name)
     shape = (key.shape[0], key.shape[1], key.shape[3])
     fill = -torch.inf if phi.has_maximum else 0.0

@@ -78,7 +78,7 @@ def _over_windows(
             )
 
         long = Positions(key), Positions(value), Positions(key_mask)
-        return tuple(stacked(by_sequence(of_sequence, cu_seqlens, *long)))
+        return stacked(by_sequence(of_sequence, cu_seqlens, *long))
     # (While tracing, lengths have no numbers to compare with.)
     windows = windows if is_traced() else windows.within(max(windows.key_shape))
     runs = groups(windows.resolutions)
