@@ -100,7 +100,7 @@ def test_what_auto_picked_is_told(suite):
     made = suite()
     made.measure([SHAPE], chosen(["lineara", "lineara-reference"]), ["forward"])
     assert found(made, "contender", "status", "picked") == [
-        ("lineara", "measured", "streaming"),
+        ("lineara", "measured", "reference"),
         ("lineara-reference", "measured", None),
     ]
 
