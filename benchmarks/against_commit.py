@@ -86,18 +86,20 @@ def earlier(commit: str, folder: Path) -> Any:
 
 
 FIRST_CALL = """
-import importlib, resource, sys, time, torch
+import importlib, sys, time, torch
+from pathlib import Path
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 ops = importlib.import_module(sys.argv[1] + ".ops")
 torch.set_num_threads(1)
 x = torch.randn(1, 1, 150_000, 16)
 x.softmax(2).mT @ x
-before, modules = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(sys.modules)
+before, modules = resident(), len(sys.modules)
 times = []
 for _ in range(2):
     begin = time.perf_counter()
     ops.efficient_attention(x, x, x)
     times.append(time.perf_counter() - begin)
-grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+grown = (resident() - before) / 2**20
 loaded = "with" if "torch._dynamo" in sys.modules else "without"
 print(f"{times[0]:.2f} s and {grown:.0f} MiB, then {times[1]:.2f} s;", end=" ")
 print(f"{len(sys.modules) - modules} modules, {loaded} torch._dynamo")

@@ -50,3 +50,25 @@ def test_numbers_of_numpy_are_numbers():
     for make in (partial(resnet, "resnet18"), partial(mask_rcnn, "resnet18")):
         with pytest.raises(TypeError, match=r"^places must be an integer, got True$"):
             make(places=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "sentence"),
+    [
+        ("resnet", {"places": None}, ValueError, "places must be a list of some of res2, .*, each once, got None$"),
+        ("mask_rcnn", {"places": None}, ValueError, "places must be a list of some of res2, .*, each once, got None$"),
+        ("mask_rcnn", {"trainable_stages": 2.0}, TypeError, "trainable_stages must be an integer, got 2.0$"),
+        ("mask_rcnn", {"anchor_sizes": None}, TypeError, "anchor_sizes must be a sequence of integers, got None$"),
+        ("mask_rcnn", {"min_size": None}, TypeError, "min_size must be a sequence of integers, got None$"),
+        ("mask_rcnn", {"batch_norm_eps": "x"}, TypeError, "batch_norm_eps must be a number, got str$"),
+        ("mask_rcnn", {"batch_norm_eps": -1.0}, ValueError, "batch_norm_eps must be at least 0, got -1.0$"),
+        ("mask_rcnn", {"version": "1"}, ValueError, "version must be 1 or 2, got '1'$"),
+        ("PSMNet", {"places": None}, ValueError, "places must be a list of some of entry, .*, each once, got None$"),
+        ("PSMNet", {"num_blocks": 3}, TypeError, "num_blocks must be a sequence of integers, got 3$"),
+        ("SequenceClassifier", {"num_sequences": "1"}, ValueError, "num_sequences must be 1 or 2, got '1'$"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_in_one_sentence(name, options, error, sentence):
+    make, kind = NETWORKS[name]
+    with pytest.raises(error, match=f"^{sentence}"):
+        make(**{"attention": kind, **options})

@@ -52,6 +52,12 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], bool, bool]] = 
 # What cannot be split so: a layer, how one tries.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "cut heads": (partial(EfficientAttention, DIM, 3), PLAN),
+    "cut key heads": (partial(EfficientAttention, DIM, 2, num_key_heads=1), PLAN),
+    "all but output": (
+        partial(EfficientAttention, DIM, 4),
+        {key: style for key, style in PLAN.items() if style is COLUMNS},
+    ),
+    "output alone": (partial(EfficientAttention, DIM, 4), {"output": ROWS}),
     "split queries alone": (partial(SoftmaxAttention, DIM, 4), {"query": COLUMNS, "output": ROWS}),
     "one key head, whole": (
         partial(EfficientAttention, DIM, 4, num_key_heads=1),

@@ -21,7 +21,7 @@ MODES = {
 }
 EVERY_MODE = pytest.mark.parametrize("mode", MODES)
 TOGETHER = (
-    r"^load_balancing of a layer under checkpoint\(use_reentrant=True\) must be differentiated in the backward pass "
+    r"^load_balancing of a layer under checkpoint\(use_reentrant=True\) must be differentiated once, in the backward "
 )
 
 
@@ -248,12 +248,63 @@ def test_copies_and_pickles_know_nothing_of_calls(mode):
     (output.sum() + layer.last_routing.load_balancing).backward()
 
 
-def test_without_training_or_gradients_nothing_waits():
+def test_in_inference_mode_nothing_waits():
     layer, x = made(), inputs()
     with torch.inference_mode():
         layer(x.detach())
         assert not layer.last_routing.load_balancing.requires_grad
-    layer.eval()
-    with torch.no_grad():
-        layer(x)
-        assert not layer.last_routing.load_balancing.requires_grad
+
+
+@EVERY_MODE
+@pytest.mark.parametrize("frozen", ["router", "layer", "evaluated"])
+def test_a_router_that_does_not_learn_passes_the_gradient_of_the_term_on(mode, frozen):
+    layer, x = made(), inputs()
+    layer.train(frozen != "evaluated")
+    if frozen != "evaluated":
+        (layer if frozen == "layer" else layer.heads.router).requires_grad_(False)
+
+    def loss(mode):
+        return MODES[mode](layer, x).sum() + 3.0 * layer.last_routing.load_balancing
+
+    learning = [tensor for tensor in (*layer.parameters(), x) if tensor.requires_grad]
+    expected = torch.autograd.grad(loss("plain"), learning)
+    loss(mode).backward()
+    assert_all_close([tensor.grad for tensor in learning], expected)
+
+
+@EVERY_MODE
+def test_a_term_without_anything_that_learns_leaves_the_backward_pass_alone(mode):
+    layer, scale = made().requires_grad_(False), torch.ones((), dtype=torch.float64, requires_grad=True)
+    x = inputs().detach()
+    output = MODES[mode](lambda x, scale: layer(x) * scale, x, scale)
+    (output.sum() + layer.last_routing.load_balancing).backward()
+    assert scale.grad != 0
+
+
+@EVERY_MODE
+def test_a_call_without_gradients_inside_a_checkpoint_does_not_matter(mode):
+    layer, x = made(), inputs()
+
+    def twice(x):
+        with torch.no_grad():
+            first = layer(x)
+        return layer(x + first)
+
+    def loss(mode):
+        total, y = 0.0, x
+        for weight in (1.0, 5.0):
+            y = MODES[mode](twice, y)
+            total = total + weight * layer.last_routing.load_balancing
+        return y.sum() + total
+
+    expected = gradients(layer, lambda: loss("plain"), x)
+    for _ in range(2):
+        assert_all_close(gradients(layer, lambda: loss(mode), x), expected)
+
+
+def test_a_second_backward_pass_of_a_reentrant_term_says_that_it_is_one():
+    layer, x = made(), inputs()
+    loss = MODES["reentrant"](layer, x).sum() + layer.last_routing.load_balancing
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=TOGETHER + ".*, got a backward pass of the output before it; .*=False$"):
+        loss.backward()

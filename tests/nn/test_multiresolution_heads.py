@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lineara.nn import MultiresolutionAttention
 from lineara.nn.multiresolution_heads import MultiresolutionHeads
 from lineara.ops import multiresolution_attention
 
@@ -106,7 +107,7 @@ def test_one_head_or_no_routing_has_no_router():
         ),
         ({"resolutions": [1, 2, -1]}, ValueError, "each of resolutions must be at least 1, got -1"),
         ({"resolutions": [1, 2, 0.5]}, TypeError, "each of resolutions must be an integer, got 0.5"),
-        ({"resolutions": 8}, TypeError, "resolutions must be a sequence of integers or None, got 8"),
+        ({"resolutions": 8}, TypeError, "resolutions must be a sequence of integers, got 8"),
         ({"routing": None, "top_k": 4}, ValueError, "top_k must be at least 1 and at most num_heads=3, got 4"),
         ({"compression": "sum"}, ValueError, "compression must be one of 'mean', 'max', 'conv', got 'sum'"),
         ({"feature_map": "gelu"}, ValueError, "feature_map must be one of 'softmax', 'relu', 'elu', got 'gelu'"),
@@ -118,3 +119,8 @@ def test_one_head_or_no_routing_has_no_router():
 def test_impossible_options_are_refused(options, error, sentence):
     with pytest.raises(error, match=sentence):
         made(**options)
+
+
+def test_windows_in_float64_start_as_the_mean_of_float64():
+    layer = MultiresolutionAttention(3, 3, resolutions=(3, 7, 1), compression="conv", dtype=torch.float64)
+    assert [weight[0, 0].item() for weight in layer.heads.key_weight] == [1 / 3, 1 / 7, 1.0]

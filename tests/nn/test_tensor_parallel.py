@@ -29,12 +29,17 @@ def test_split_projections_give_what_one_process_gives(name, given):
             torch.testing.assert_close(rank[name][key], tensor, rtol=1e-6, atol=1e-6, msg=key)
 
 
+ALIKE = "query, key and value must have num_heads, num_key_heads and num_key_heads heads, or the same share of them, "
 SENTENCES = {
-    "cut heads": "query must be split between heads of 4 channels each, got 6 channels here; split it over a number",
-    "split queries alone": "query, key and value must be split over processes alike, got 2, 4 and 4 heads here, ",
-    "one key head, whole": "query, key and value must be split over processes alike, got 2, 1 and 1 heads here, ",
-    "split keys alone": "query, key and value must be split over processes alike, got 4, 2 and 2 heads here, ",
+    "cut heads": "query must be split between heads of 4 channels each, got 6 channels here, .*;"
+    " let it give 12 channels, .* over a number of processes that divides num_heads=3, or none of the three$",
+    "cut key heads": "key must be split .*, got 3 channels here, .* divides num_key_heads=1, or none of the three$",
+    "split queries alone": ALIKE + "got 2, 4 and 4 heads here, ",
+    "one key head, whole": ALIKE + "got 2, 1 and 1 heads here, ",
+    "split keys alone": ALIKE + "got 4, 2 and 2 heads here, ",
     "multiresolution": "MultiresolutionAttention cannot be split by heads over processes, .* got 2 of 4 heads here; ",
+    "all but output": "output must take the channels of the heads that are here, 6, got 12, .* output by rows, or none",
+    "output alone": "output must take the channels of the heads that are here, 12, got 6, .* output by rows, or none",
 }
 
 

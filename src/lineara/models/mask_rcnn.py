@@ -2,13 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, SupportsIndex
 
 from torch import nn
 
 from lineara.models.resnet import STAGES, choose_places, insert_into_stages, plain_resnet, torchvision_models
-from lineara.nn.checks import check_attention_maker, made_by
-from lineara.ops.checks import check_integer
+from lineara.nn.checks import check_attention_maker, made_by, sequence_of
+from lineara.ops.checks import check_integer, check_number
 
 LEVELS = ("fpn1", "fpn2", "fpn3", "fpn4", "fpn5")
 # Modules by number. The paper says 1, 5 and 7, and "res3-4 + FPN1-5"; what 1 and 5 are is inferred.
@@ -80,14 +81,16 @@ def mask_rcnn(
         >>> network = mask_rcnn(attention=lambda dim: EfficientAttention2d(dim, key_dim=64, zero_init=True))
     """
     check_attention_maker(attention)
+    integer = partial(check_integer, least=None)
+    trainable_stages = integer("trainable_stages", trainable_stages)
+    anchor_sizes = sequence_of("anchor_sizes", anchor_sizes, integer)
     _check(version, trainable_stages, anchor_sizes)
     min_sizes = (
-        (check_integer("min_size", min_size, least=None),) if isinstance(min_size, SupportsIndex) else tuple(min_size)
+        (integer("min_size", min_size),)
+        if isinstance(min_size, SupportsIndex)
+        else sequence_of("min_size", min_size, integer)
     )
-    num_classes, max_size = (
-        check_integer(name, number, least=None)
-        for name, number in (("num_classes", num_classes), ("max_size", max_size))
-    )
+    num_classes, max_size = integer("num_classes", num_classes), integer("max_size", max_size)
     _check_numbers(num_classes, min_sizes, max_size, anchor_sizes)
     chosen = choose_places(places, _PLACES, (*STAGES, *LEVELS))
     norm_layer = _normalization(batch_norm, batch_norm_eps)
@@ -142,6 +145,9 @@ def _freeze(body: nn.Module, trainable_stages: int) -> None:
 def _normalization(batch_norm: str, eps: float) -> Callable[..., nn.Module]:
     if batch_norm not in ("train", "frozen"):
         raise ValueError(f"batch_norm must be 'train' or 'frozen', got {batch_norm!r}")
+    eps = check_number("batch_norm_eps", eps)
+    if eps < 0:
+        raise ValueError(f"batch_norm_eps must be at least 0, got {eps}")
     torchvision_models()
     from torchvision.ops import FrozenBatchNorm2d
 
@@ -170,7 +176,7 @@ def _heads(
 
 def _check(version: int, trainable_stages: int, anchor_sizes: Sequence[int]) -> None:
     if version not in (1, 2):
-        raise ValueError(f"version must be 1 or 2, got {version}")
+        raise ValueError(f"version must be 1 or 2, got {version!r}")
     if trainable_stages not in range(6):
         raise ValueError(f"trainable_stages must be from 0 to 5, got {trainable_stages}")
     if len(anchor_sizes) != len(LEVELS):

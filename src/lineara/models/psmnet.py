@@ -1,14 +1,15 @@
 """PSMNet: stereo depth from a volume of matching costs, with attention over the whole volume."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
 from lineara.models.psmnet_parts import Convolution2d, Convolution3d, Hourglass, block2d, block3d, residual_blocks
-from lineara.nn.checks import check_attention_maker, made_by
+from lineara.nn.checks import check_attention_maker, made_by, sequence_of
 from lineara.ops.checks import check_integer
 
 PLACES = ("entry", "volume", "hourglass1", "hourglass2", "hourglass3")
@@ -63,6 +64,7 @@ class PSMNet(nn.Module):
         check_attention_maker(attention)
         self.max_disparity = check_integer("max_disparity", max_disparity)
         channels = check_integer("channels", channels)
+        num_blocks = sequence_of("num_blocks", num_blocks, partial(check_integer, least=None))
         _check(places, num_blocks)
         self.features = FeaturePyramid(channels, num_blocks)
         self.entry = nn.Sequential(*block3d(2 * channels, channels), nn.ReLU(), *block3d(channels, channels), nn.ReLU())
@@ -203,7 +205,12 @@ def expected_disparity(scores: Tensor) -> Tensor:
 
 
 def _check(places: Sequence[str], num_blocks: Sequence[int]) -> None:
-    if isinstance(places, str) or len(set(places)) < len(places) or not set(places) <= set(PLACES):
+    if (
+        isinstance(places, str)
+        or not isinstance(places, Iterable)
+        or len(set(places)) < len(places)
+        or not set(places) <= set(PLACES)
+    ):
         raise ValueError(f"places must be a list of some of {', '.join(PLACES)}, each once, got {places!r}")
     if len(num_blocks) != 4 or min(num_blocks) < 1:
         raise ValueError(f"num_blocks must be 4 numbers of at least 1, got {tuple(num_blocks)}")

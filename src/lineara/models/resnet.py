@@ -1,6 +1,6 @@
 """ResNets of torchvision with attention behind their stages."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from torch import nn
@@ -102,7 +102,7 @@ def choose_places(
                 f"{', '.join(map(str, numbered))}, got {places}"
             )
         return numbered[places]
-    wrong = [place for place in places if place not in known]
+    wrong = not isinstance(places, Iterable) or any(place not in known for place in places)  # pyright: ignore[reportUnnecessaryIsInstance]
     if wrong or isinstance(places, str) or len(set(places)) < len(places):
         raise ValueError(f"places must be a list of some of {', '.join(known)}, each once, got {places!r}")
     return tuple(place for place in known if place in places)

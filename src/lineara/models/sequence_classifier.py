@@ -81,7 +81,7 @@ class SequenceClassifier(nn.Module):
         num_layers, head_dim = check_integer("num_layers", num_layers, least=0), check_integer("head_dim", head_dim)
         dropout = probability("dropout", dropout)
         if num_sequences not in (1, 2):
-            raise ValueError(f"num_sequences must be 1 or 2, got {num_sequences}")
+            raise ValueError(f"num_sequences must be 1 or 2, got {num_sequences!r}")
         self.num_sequences = check_integer("num_sequences", num_sequences)
         self.max_len = check_integer("max_len", max_len)
         self._part: _Part | None = None

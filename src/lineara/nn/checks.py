@@ -1,13 +1,23 @@
 """Checks of arguments and inputs that the layers share: one sentence each, before any work."""
 
 import types
-from collections.abc import Callable
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Iterable
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lineara.ops.checks import IMPLEMENTATIONS, NORMALIZATIONS, check_choice, check_integer, check_number
+from lineara.ops.checks import (
+    FLOATING_DTYPES,
+    IMPLEMENTATIONS,
+    NORMALIZATIONS,
+    check_choice,
+    check_integer,
+    check_number,
+)
+
+Layer = TypeVar("Layer", bound=type)
+Entry = TypeVar("Entry")
 
 
 def probability(name: str, value: Any) -> float:
@@ -16,6 +26,45 @@ def probability(name: str, value: Any) -> float:
     if not 0 <= converted <= 1:
         raise ValueError(f"{name} must be a probability, from 0 to 1, got {converted}")
     return converted
+
+
+def sequence_of(name: str, values: Any, check: Callable[[str, Any], Entry]) -> tuple[Entry, ...]:
+    """Every entry as the check returns it; raise unless this is a sequence of what the check lets pass."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers, got {values!r}")
+    return tuple(check(f"each of {name}", value) for value in values)  # pyright: ignore[reportUnknownVariableType]
+
+
+def check_weights(dtype: torch.dtype | None, **flags: bool) -> None:
+    """Raise unless layers can have weights of this dtype, and the flags are booleans."""
+    if dtype is not None and dtype not in FLOATING_DTYPES:
+        raise TypeError(f"dtype must be None, torch.float64, float32, bfloat16 or float16, got {dtype!r}")
+    for name, flag in flags.items():
+        if type(flag).__name__ not in ("bool", "bool_"):  # the latter is numpy's
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
+def check_same_batch(x: Tensor, context: Tensor) -> None:
+    """Raise unless both hold as many items."""
+    if x.shape[0] != context.shape[0]:
+        raise ValueError(
+            f"x and context must have the same batch size, got {x.shape[0]} and {context.shape[0]}; "
+            "give every item of x a context of its own"
+        )
+
+
+def projected(projection: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """projection(tensor); where it fails for the dtype alone, say so."""
+    try:
+        return projection(tensor)
+    except RuntimeError as error:  # afterwards, since wrappers and hooks may convert what they are given
+        dtype: Any = getattr(getattr(projection, "weight", None), "dtype", tensor.dtype)
+        if dtype == tensor.dtype or torch.is_autocast_enabled(tensor.device.type):
+            raise
+        raise TypeError(
+            f"{name} must have the dtype of the layer's weights, {dtype}, got {tensor.dtype}; convert it with "
+            f"{name}.to({dtype}), or the layer"
+        ) from error
 
 
 def check_options(normalization: str, impl: str) -> None:
@@ -63,7 +112,9 @@ def check_input(name: str, tensor: Tensor, axes: tuple[str | int, ...], *, inste
     )
     if not fits:
         raise ValueError(f"{name} must have the shape ({', '.join(map(str, axes))}), got {tuple(tensor.shape)}")
-    if not tensor.is_floating_point():
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}; convert it with {name}.to_dense()")
+    if tensor.dtype not in FLOATING_DTYPES:
         raise TypeError(
             f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}; "
             + ("pass .real and .imag as channels" if tensor.is_complex() else f"convert it with {name}.float()")
@@ -120,18 +171,22 @@ def made_by(attention: Callable[[int], nn.Module], dim: int) -> nn.Module:
     return layer
 
 
-def with_own_name(layer: type, *methods: str) -> None:
+def with_own_name(*methods: str) -> Callable[[Layer], Layer]:
     """Give a class methods of its own that are the inherited ones, so that Python's errors name the class.
 
-    (A wrong argument is refused by Python under the name of the class that has the code.)
+    (A wrong argument is refused by Python under the name of the class that has the code. What others derive from the
+    class inherits as ever.)
     """
-    for method in methods:
-        found: types.FunctionType = getattr(layer, method)
-        if method in layer.__dict__:
-            continue
-        own = types.FunctionType(found.__code__, found.__globals__, method, found.__defaults__, found.__closure__)
-        own.__dict__.update(found.__dict__)
-        own.__kwdefaults__, own.__annotations__ = found.__kwdefaults__, found.__annotations__
-        own.__doc__, own.__module__ = found.__doc__, layer.__module__
-        own.__qualname__ = f"{layer.__qualname__}.{method}"
-        setattr(layer, method, own)
+
+    def decorate(layer: Layer) -> Layer:
+        for method in methods:
+            found: types.FunctionType = getattr(layer, method)
+            own = types.FunctionType(found.__code__, found.__globals__, method, found.__defaults__, found.__closure__)
+            own.__dict__.update(found.__dict__)
+            own.__kwdefaults__, own.__annotations__ = found.__kwdefaults__, found.__annotations__
+            own.__doc__, own.__module__ = found.__doc__, layer.__module__
+            own.__qualname__ = f"{layer.__qualname__}.{method}"
+            setattr(layer, method, own)
+        return layer
+
+    return decorate

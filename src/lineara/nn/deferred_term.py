@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+_NO_TASK = -1  # torch's number of the backward pass outside of any
 _MOST_SLOTS = 256  # calls of one router between a forward pass and its backward pass
 
 _TOGETHER = (
-    "load_balancing of a layer under checkpoint(use_reentrant=True) must be differentiated in the backward pass of the "
-    "layer's output, got {}; add it to the loss before backward(), or use use_reentrant=False"
+    "load_balancing of a layer under checkpoint(use_reentrant=True) must be differentiated once, in the backward pass "
+    "of the layer's output, got {}; add it to the loss before backward(), or use use_reentrant=False"
 )
+_AFTER = "a backward pass of the output before it"
 
 
 class DeferredTerms:
@@ -26,9 +28,7 @@ class DeferredTerms:
     def __init__(self) -> None:
         self._slots: deque[_Slot] = deque(maxlen=_MOST_SLOTS)
 
-    def in_place_of(
-        self, term: Tensor, probability: Tensor, slope: Tensor, hidden: Tensor | None, learns: bool
-    ) -> Tensor:
+    def in_place_of(self, term: Tensor, probability: Tensor, slope: Tensor, hidden: Tensor | None) -> Tensor:
         """The term, or one in place of it whose gradient waits for the second computation of this call.
 
         Args:
@@ -36,26 +36,28 @@ class DeferredTerms:
             probability: (batch, heads, positions).
             slope: (heads,), the derivative of the term by a probability.
             hidden: boolean (batch, 1, positions), True = not counted in the term.
-            learns: whether a call without gradients may be the first of two.
         """
-        slot = self._slot_of_first_call() if torch._C._current_graph_task_id() != -1 else None  # pyright: ignore[reportPrivateUsage]
+        task: int = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]
+        slot = None if task == _NO_TASK else self._slot_of_first_call(task)
         if torch.is_grad_enabled():
-            if slot is not None and slot.gradient is not None and probability.requires_grad:
+            if slot is not None and slot.gradient is not None:
                 slot.deliver(probability, slope, hidden)
             return term
-        if not learns or torch.is_inference_mode_enabled():
+        if torch.is_inference_mode_enabled():
             return term
+        while task == _NO_TASK and self._slots and self._slots[-1].task != _NO_TASK:
+            self._slots.pop()  # what an earlier backward pass has left
         # In a second computation without gradients, that of a checkpoint inside another, the slot waits on.
         slot = _Slot() if slot is None or slot.gradient is None else slot
         with torch.enable_grad():
             deferred: Any = _Deferred.apply(torch.zeros_like(term, requires_grad=True), term, slot)
-        slot.number, slot.nested = deferred.grad_fn._sequence_nr(), torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]
+        slot.number, slot.task = deferred.grad_fn._sequence_nr(), task
         if len(self._slots) == _MOST_SLOTS:
             self._slots[0].closed = "more calls after it than are remembered"
         self._slots.append(slot)
         return deferred
 
-    def _slot_of_first_call(self) -> "_Slot | None":
+    def _slot_of_first_call(self, task: int) -> "_Slot | None":
         """That of the call which is being computed again, in the backward of a node that is older than the call.
 
         The calls of one checkpoint come again in their order, after those of all later checkpoints.
@@ -63,13 +65,14 @@ class DeferredTerms:
         node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportAttributeAccessIssue, reportUnknownVariableType] - untyped
         if node is None:
             return None
-        later = [slot for slot in self._slots if slot.number > node._sequence_nr()]
+        # What was left in this backward pass itself is of calls without gradients, for a pass inside this one.
+        later = [slot for slot in self._slots if slot.number > node._sequence_nr() and slot.task != task]
         # (Threads count by themselves; what a backward pass has left here, it takes from here.)
-        slot = next((slot for slot in later if slot.nested), next(iter(later), None))
+        slot = next((slot for slot in later if slot.task != _NO_TASK), next(iter(later), None))
         if slot is not None:
             self._slots.remove(slot)
             if slot.gradient is None:
-                slot.closed = "the output's backward pass before it"
+                slot.closed = _AFTER
         return slot
 
 
@@ -83,7 +86,7 @@ class _Slot:
 
     def __init__(self) -> None:
         self.number = 0  # among the nodes of autograd, in order of creation
-        self.nested = False
+        self.task = _NO_TASK  # the backward pass in which it was made
         self.gradient: Tensor | None = None
         self.delivered = False
         self.closed = ""
@@ -99,7 +102,10 @@ class _Slot:
         """Add the gradient to that of the probabilities, once it is computed."""
         gradient = self.gradient
         assert gradient is not None
-        self.closed = "the output's backward pass before it"
+        self.closed = _AFTER
+        if not probability.requires_grad:  # nothing learns: the term has no gradient without a checkpoint either
+            self.delivered = True
+            return
 
         def add(given: Tensor) -> Tensor:
             self.delivered = True

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from lineara.nn.checks import check_options
+from lineara.nn.checks import check_options, with_own_name
 from lineara.nn.sequence_attention import SequenceAttention, ShardedPositions
 from lineara.ops import efficient_attention
 from lineara.ops.checks import Implementation, Normalization, check_scale
 
 
+@with_own_name("forward")
 class EfficientAttention(SequenceAttention, ShardedPositions):
     """Layer form of `ops.efficient_attention`; see it for the mathematics.
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lineara.nn.checks import check_input, check_layer, probability
+from lineara.nn.checks import check_input, check_layer, check_weights, probability, projected
 from lineara.ops.checks import check_integer
 
 
@@ -42,11 +42,17 @@ class EncoderBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_weights(dtype)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim = dim = check_integer("dim", dim)
         mlp_dim = 4 * dim if mlp_dim is None else check_integer("mlp_dim", mlp_dim)
         dropout = probability("dropout", dropout)
         check_layer("attention", attention)
+        of_attention = getattr(attention, "dim", dim)
+        if isinstance(of_attention, int) and of_attention != dim:
+            raise ValueError(
+                f"attention must be a layer of dim={dim} channels, got one of {of_attention}; give both one dim"
+            )
         self.attention_norm = nn.LayerNorm(dim, **factory)
         self.attention = attention
         self.dropout = nn.Dropout(dropout)
@@ -78,7 +84,9 @@ class EncoderBlock(nn.Module):
         )
         packing = {"cu_seqlens": cu_seqlens, "context_cu_seqlens": context_cu_seqlens}
         given = {name: tensor for name, tensor in packing.items() if tensor is not None}
-        x = x + self.dropout(self.attention(self.attention_norm(x), context, key_mask=key_mask, **given))
+        x = x + self.dropout(
+            self.attention(projected(self.attention_norm, "x", x), context, key_mask=key_mask, **given)
+        )
         return x + self.mlp(self.mlp_norm(x))
 
     def extra_repr(self) -> str:

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lineara.nn.checks import check_boolean, check_input, check_options, num_key_heads_of, width_of, with_own_name
+from lineara.nn.checks import (
+    check_boolean,
+    check_input,
+    check_options,
+    check_same_batch,
+    check_weights,
+    num_key_heads_of,
+    projected,
+    width_of,
+    with_own_name,
+)
 from lineara.nn.sequence_attention import ShardedPositions
 from lineara.ops import efficient_attention
 from lineara.ops.checks import Implementation, Normalization, check_integer, check_scale
@@ -35,6 +45,7 @@ class FeatureMapAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_weights(dtype, zero_init=zero_init)
         self.dim = dim = check_integer("dim", dim)
         self.num_heads = num_heads = check_integer("num_heads", num_heads)
         self.num_key_heads = num_key_heads_of(num_heads, num_key_heads)
@@ -48,10 +59,6 @@ class FeatureMapAttention(nn.Module):
         self.values = convolution(dim, values, 1, **factory)
         self.reprojection = (from_zero if zero_init else convolution)(self.value_dim, dim, 1, **factory)
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        with_own_name(cls, "__init__", "forward")
-
     def forward(self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None) -> Tensor:
         """Attend from every position of the map `x` to every position of `context`, or of `x` itself, and add `x`.
 
@@ -60,8 +67,9 @@ class FeatureMapAttention(nn.Module):
             context: (batch, dim, *positions of any size); None attends to `x`.
             key_mask: boolean (batch, *positions of what is attended to), True = takes part: of maps of several sizes,
                 padded to one. It guards keys and values alone: what a masked position of `x` holds reaches no other
-                position, but a NaN in the query of a padded position reaches that position's own output, and from there
-                the gradients of the weights unless the loss leaves it out before anything is computed of it.
+                position, but a NaN or an infinity there reaches that position's own output and the gradients of all
+                convolutions' weights, as 0 times NaN is NaN: fill padded positions with finite numbers first; leaving
+                them out of the loss is not enough.
 
         Returns:
             A map of the shape of `x`.
@@ -73,14 +81,15 @@ class FeatureMapAttention(nn.Module):
         self._check_input("x", x)
         if context is not None:
             self._check_input("context", context)
+            check_same_batch(x, context)
         name, source = ("x", x) if context is None else ("context", context)
         mask = None if key_mask is None else self._flat_mask(key_mask, name, source)  # (B, M)
         # Without names of their own, queries, keys and values are gone when the reprojection needs memory.
         maps = self._join_heads(
             self.attend(
-                self._split_heads("queries", _project(self.queries, x), self.key_dim),  # (B, H, N, K)
-                self._split_heads("keys", _project(self.keys, source), self.key_dim),  # (B, H, M, K)
-                self._split_heads("values", _project(self.values, source), self.value_dim),  # (B, H, M, V)
+                self._split_heads("queries", _project(self.queries, x, "x"), self.key_dim),  # (B, H, N, K)
+                self._split_heads("keys", _project(self.keys, source, name), self.key_dim),  # (B, H, M, K)
+                self._split_heads("values", _project(self.values, source, name), self.value_dim),  # (B, H, M, V)
                 source.shape[2:],
                 key_mask=mask,
                 query_mask=mask if context is None else None,
@@ -138,18 +147,18 @@ class FeatureMapAttention(nn.Module):
         return key_mask.flatten(1)
 
 
-def _project(projection: nn.Module, maps: Tensor) -> Tensor:
+def _project(projection: nn.Module, maps: Tensor, name: str = "x") -> Tensor:
     """The projection, which may refuse maps without a position: those of a rank whose shard is empty.
 
     Such maps get one that is dropped again, so that whatever stands in a convolution's place runs, with its hooks.
     """
     if is_exporting() or 0 not in maps.shape:
-        return projection(maps)
+        return projected(projection, name, maps)
     sides = [side for size in reversed(maps.shape) for side in (0, int(size == 0))]
-    projected = projection(pad(maps, sides))
+    result = projected(projection, name, pad(maps, sides))
     for axis, size in enumerate(maps.shape):
-        projected = projected if size else projected.narrow(axis, 0, 0)
-    return projected
+        result = result if size else result.narrow(axis, 0, 0)
+    return result
 
 
 class _FromZero(nn.Module):
@@ -234,6 +243,7 @@ class _EfficientAttention(FeatureMapAttention, ShardedPositions):
         return f"{super().extra_repr()}, normalization={self.normalization!r}, scale={self.scale}, impl={self.impl!r}"
 
 
+@with_own_name("__init__", "forward")
 class EfficientAttention1d(_EfficientAttention):
     """Layer form of `ops.efficient_attention` for (batch, dim, length) maps; see it for the mathematics.
 
@@ -243,6 +253,7 @@ class EfficientAttention1d(_EfficientAttention):
     _axes = ("length",)
 
 
+@with_own_name("__init__", "forward")
 class EfficientAttention2d(_EfficientAttention):
     """Layer form of `ops.efficient_attention` for (batch, dim, height, width) maps; see it for the mathematics.
 
@@ -268,6 +279,7 @@ class EfficientAttention2d(_EfficientAttention):
     _axes = ("height", "width")
 
 
+@with_own_name("__init__", "forward")
 class EfficientAttention3d(_EfficientAttention):
     """Layer form of `ops.efficient_attention` for (batch, dim, depth, height, width) volumes.
 

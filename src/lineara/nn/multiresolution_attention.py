@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lineara.nn.checks import with_own_name
 from lineara.nn.feature_map_attention import FeatureMapAttention
 from lineara.nn.multiresolution_heads import MultiresolutionHeads, check_whole
 from lineara.nn.router import Routing
@@ -13,6 +14,7 @@ from lineara.nn.sequence_attention import SequenceAttention
 from lineara.ops.checks import Compression, FeatureMap, Implementation
 
 
+@with_own_name("forward")
 class MultiresolutionAttention(SequenceAttention):
     """Layer form of `ops.multiresolution_attention`; see it for the mathematics.
 
@@ -110,7 +112,8 @@ class MultiresolutionAttention(SequenceAttention):
     def last_routing(self) -> Routing | None:
         """What the router decided in the last forward call; None before it, without a router, and in copies.
 
-        Its `load_balancing` has a gradient as long as the output of that call is kept, as a loss keeps it.
+        Its `load_balancing` has a gradient as long as the output of that call is kept, as a loss keeps it. What
+        torch.compile has compiled leaves the term with its graph here until the next call.
         """
         return self.heads.last_routing
 
@@ -205,6 +208,7 @@ class _MultiresolutionMaps(FeatureMapAttention):
         return self.heads(query, key, value, key_shape=key_shape, key_mask=key_mask, query_mask=query_mask)
 
 
+@with_own_name("__init__", "forward")
 class MultiresolutionAttention2d(_MultiresolutionMaps):
     """Layer form of `ops.multiresolution_attention` for (batch, dim, height, width) maps; windows are squares.
 
@@ -237,6 +241,7 @@ class MultiresolutionAttention2d(_MultiresolutionMaps):
     _axes = ("height", "width")
 
 
+@with_own_name("__init__", "forward")
 class MultiresolutionAttention3d(_MultiresolutionMaps):
     """Layer form of `ops.multiresolution_attention` for (batch, dim, depth, height, width) volumes; windows are cubes.
 

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lineara.nn.checks import sequence_of
 from lineara.nn.initial_values import assign
 from lineara.nn.router import Router, Routing, checked_top_k
 from lineara.nn.sequence_attention import ShardedPositions
@@ -74,6 +75,11 @@ class MultiresolutionHeads(ShardedPositions):
         if compression == "conv":
             largest = max(self.resolutions) ** num_axes
             widths = (key_dim // num_heads, value_dim // num_heads)
+            if num_key_heads * max(widths) * largest >= 2**60:  # torch counts bytes in 63 bits
+                raise ValueError(
+                    "resolutions must leave room for the weights of windows under compression='conv', got windows of "
+                    f"{largest} positions; give smaller resolutions, or another compression"
+                )
             self.key_weight, self.value_weight = (
                 nn.Parameter(torch.empty(num_key_heads, width, largest, device=device, dtype=dtype)) for width in widths
             )
@@ -85,7 +91,7 @@ class MultiresolutionHeads(ShardedPositions):
         means = [[[resolution**-self._num_axes]] for resolution in self.resolutions]  # (H, 1, 1)
         for weight in (self.key_weight, self.value_weight):
             if weight is not None:
-                assign(weight, torch.tensor(means, device=weight.device))
+                assign(weight, torch.tensor(means, dtype=weight.dtype, device=weight.device))
 
     @property
     def resolutions_of_queries(self) -> tuple[int, ...]:
@@ -151,9 +157,7 @@ def check_whole(layer: str, heads_here: int, num_heads: int) -> None:
 def _checked_resolutions(resolutions: Iterable[int] | None, num_key_heads: int) -> tuple[int, ...]:
     if resolutions is None:
         return tuple(2 ** (num_key_heads - 1 - head) for head in range(num_key_heads))
-    if isinstance(resolutions, str | bytes) or not isinstance(resolutions, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"resolutions must be a sequence of integers or None, got {resolutions!r}")
-    checked = tuple(check_integer("each of resolutions", resolution) for resolution in resolutions)
+    checked = sequence_of("resolutions", resolutions, check_integer)
     if len(checked) != num_key_heads:
         raise ValueError(
             f"resolutions must have one entry for each key head, got {len(checked)} of them and {num_key_heads} heads"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lineara.nn.checks import check_options
+from lineara.nn.checks import check_options, with_own_name
 from lineara.nn.feature_map_attention import FeatureMapAttention
 from lineara.ops import softmax_attention
 from lineara.ops.checks import Implementation, Normalization, check_scale
@@ -66,6 +66,7 @@ class _NonLocalAttention(FeatureMapAttention):
         return f"{super().extra_repr()}, normalization={self.normalization!r}, scale={self.scale}, impl={self.impl!r}"
 
 
+@with_own_name("__init__", "forward")
 class NonLocalAttention2d(_NonLocalAttention):
     """Layer form of `ops.softmax_attention` for (batch, dim, height, width) maps: a non-local block.
 
@@ -97,6 +98,7 @@ class NonLocalAttention2d(_NonLocalAttention):
     _axes = ("height", "width")
 
 
+@with_own_name("__init__", "forward")
 class NonLocalAttention3d(_NonLocalAttention):
     """Layer form of `ops.softmax_attention` for (batch, dim, depth, height, width) volumes.
 

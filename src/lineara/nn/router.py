@@ -64,8 +64,8 @@ class Router(nn.Module):
         """What was decided in the last forward call; None before it, and in copies.
 
         The load balancing term has a gradient while the gate's graph lives: the router keeps none. Differentiated later
-        than that it raises an error. Under `torch.utils.checkpoint` with use_reentrant=True it has one in training mode
-        alone, and must be differentiated in the backward pass of the layer's output, which is checked.
+        than that it raises an error. Under `torch.utils.checkpoint` with use_reentrant=True it must be differentiated
+        once, in the backward pass of the layer's output, which is checked.
         """
         if self._last is None or self._term is None:
             return self._last
@@ -109,16 +109,13 @@ class Router(nn.Module):
         # (Elsewhere the term is differentiated by other means, which need it as it is.)
         if not torch.compiler.is_compiling() and transform_of(probability) is None:
             slope = self.num_heads * load / num_counted  # (H,), of the term by a probability
-            term = self._deferred.in_place_of(term, probability, slope, hidden, self.training and self._learns())
+            term = self._deferred.in_place_of(term, probability, slope, hidden)
             if gate.grad_fn is not None and term.requires_grad:
                 node: Any = gate.grad_fn
                 node.metadata["lineara.nn.router"] = term
                 self._term = ref(term)
                 term = term.detach()
         self._last = Routing(choice.mT, probability.detach().mT, load, term)
-
-    def _learns(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.parameters())
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle is of the weights; the last decision belongs to a graph that cannot be copied.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lineara.nn.checks import check_input, num_key_heads_of, width_of, with_own_name
+from lineara.nn.checks import check_input, check_same_batch, check_weights, num_key_heads_of, projected, width_of
 from lineara.ops.checks import check_cu_seqlens, check_integer, check_key_mask
 
 if TYPE_CHECKING:
@@ -42,10 +42,12 @@ class SequenceAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_weights(dtype, qkv_bias=qkv_bias)
         self.dim = check_integer("dim", dim)
         self.num_heads = check_integer("num_heads", num_heads)
         self.num_key_heads = num_key_heads_of(self.num_heads, num_key_heads)
-        self.key_dim = width_of("key_dim", key_dim, self.dim, num_heads=self.num_heads, dim=self.dim)
+        names = "key_dim and value_dim" if key_dim is None and value_dim is None else "key_dim"
+        self.key_dim = width_of(names, key_dim, self.dim, num_heads=self.num_heads, dim=self.dim)
         self.value_dim = width_of("value_dim", value_dim, self.dim, num_heads=self.num_heads, dim=self.dim)
         self.context_dim = self.dim if context_dim is None else check_integer("context_dim", context_dim)
         keys, values = (width // self.num_heads * self.num_key_heads for width in (self.key_dim, self.value_dim))
@@ -54,10 +56,6 @@ class SequenceAttention(nn.Module):
         self.key = nn.Linear(self.context_dim, keys, bias=qkv_bias, **factory)
         self.value = nn.Linear(self.context_dim, values, bias=qkv_bias, **factory)
         self.output = nn.Linear(self.value_dim, self.dim, **factory)
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        with_own_name(cls, "forward")
 
     def forward(
         self,
@@ -74,9 +72,9 @@ class SequenceAttention(nn.Module):
             x: (batch, positions, dim).
             context: (batch, context positions, context_dim); None attends to `x`.
             key_mask: boolean (batch, positions of what is attended to), True = takes part. It guards keys and values
-                alone: what a masked position of `x` holds reaches no other position, but a NaN in the query of a padded
-                position reaches that position's own output, and from there the gradients of the weights unless the loss
-                leaves it out before anything is computed of it, as with torch's own layer.
+                alone: what a masked position of `x` holds reaches no other position, but a NaN or an infinity there
+                reaches that position's own output and the gradients of all projections' weights, as 0 times NaN is NaN:
+                fill padded positions with finite numbers first; leaving them out of the loss is not enough.
             cu_seqlens: for sequences of several lengths, packed one after the other into a batch of one: where each
                 begins, and last where the last one ends, (number of sequences + 1,) of int32 or int64, rising from 0 to
                 the number of positions. Each sequence attends to itself, or to its own part of the context.
@@ -92,19 +90,24 @@ class SequenceAttention(nn.Module):
         self._check_input("x", x, self.dim)
         if context is not None:
             self._check_input("context", context, self.context_dim)
+            check_same_batch(x, context)
         elif self.context_dim != self.dim:
             raise ValueError(
                 f"context must be given when context_dim differs from dim, got context_dim={self.context_dim}, "
                 f"dim={self.dim} and no context"
             )
         self._check_packing(x, context, cu_seqlens, context_cu_seqlens)
-        query_mask = None
+        query_mask, name = None, "context"
         if context is None:
-            context, context_cu_seqlens, query_mask = x, cu_seqlens, key_mask
+            context, context_cu_seqlens, query_mask, name = x, cu_seqlens, key_mask, "x"
         key_width, value_width = self.key_dim // self.num_heads, self.value_dim // self.num_heads
-        query = self._split_heads("query", self.query(x), key_width)  # (B, H, N, K)
-        key = self._split_heads("key", self.key(context), key_width)  # (B, H, M, K)
-        value = self._split_heads("value", self.value(context), value_width)  # (B, H, M, V)
+        query = self._split_heads("query", projected(self.query, "x", x), self.num_heads, key_width)  # (B, H, N, K)
+        key = self._split_heads(
+            "key", projected(self.key, name, context), self.num_key_heads, key_width
+        )  # (B, H, M, K)
+        value = self._split_heads(
+            "value", projected(self.value, name, context), self.num_key_heads, value_width
+        )  # (B, H, M, V)
         self._check_heads(query.shape[1], key.shape[1], value.shape[1])
         check_key_mask(key_mask, key)  # here, because a router counts queries by it before the operation sees it
         attended = self.attend(
@@ -116,7 +119,12 @@ class SequenceAttention(nn.Module):
             cu_seqlens_query=cu_seqlens,
             cu_seqlens_key=context_cu_seqlens,
         )  # (B, H, N, V)
-        return self.output(attended.transpose(1, 2).flatten(2))  # (B, N, dim)
+        joined = attended.transpose(1, 2).flatten(2)  # (B, N, H * V)
+        try:
+            return self.output(joined)  # (B, N, dim)
+        except RuntimeError as error:
+            self._check_output(joined.shape[2], error)
+            raise
 
     def attend(
         self,
@@ -149,13 +157,16 @@ class SequenceAttention(nn.Module):
         return f"dim={self.dim}, num_heads={self.num_heads}{widths}"
 
     @staticmethod
-    def _split_heads(name: str, projected: Tensor, width: int) -> Tensor:
+    def _split_heads(name: str, projected: Tensor, num_heads: int, width: int) -> Tensor:
         # Their number is the data's: of a projection whose rows are split over processes, some of the heads are here.
         batch, positions, channels = projected.shape
         if channels % width:
+            number = "num_heads" if name == "query" else "num_key_heads"
             raise ValueError(
-                f"{name} must be split between heads of {width} channels each, got {channels} channels here; "
-                "split it over a number of processes that divides the number of heads, or not at all"
+                f"{name} must be split between heads of {width} channels each, got {channels} channels here, from a "
+                "projection of another width or one split over processes inside a head; let it give "
+                f"{num_heads * width} channels, and split query, key and value over a number of processes that divides "
+                f"{number}={num_heads}, or none of the three"
             )
         return projected.view(batch, positions, channels // width, width).transpose(1, 2)  # (B, H, N, D)
 
@@ -163,10 +174,24 @@ class SequenceAttention(nn.Module):
         # A key head that stays whole beside split queries would be right, but not the gradients that it gets.
         if key != value or query * self.num_key_heads != key * self.num_heads:
             raise ValueError(
-                "query, key and value must be split over processes alike, got "
-                f"{query}, {key} and {value} heads here, of {self.num_heads}, {self.num_key_heads} and "
-                f"{self.num_key_heads}; split all three by columns, and output by rows"
+                "query, key and value must have num_heads, num_key_heads and num_key_heads heads, or the same share of "
+                f"them, got {query}, {key} and {value} heads here, of {self.num_heads}, {self.num_key_heads} and "
+                f"{self.num_key_heads}, from a projection of another width or ones split over processes unlike each "
+                "other; split all three by columns, and output by rows, or none of them"
             )
+
+    def _check_output(self, channels: int, error: RuntimeError) -> None:
+        # Afterwards, since a plan may also redistribute what output is given.
+        weight = getattr(self.output, "weight", None)
+        if not isinstance(self.output, nn.Linear) or not isinstance(weight, Tensor):
+            return
+        here: Any = weight.to_local() if hasattr(weight, "to_local") else weight  # pyright: ignore
+        if here.shape[1] != channels:
+            raise ValueError(
+                f"output must take the channels of the heads that are here, {channels}, got {here.shape[1]}, from a "
+                "projection of another width or ones split over processes unlike each other; split query, key and "
+                "value by columns, and output by rows, or none of them"
+            ) from error
 
     @staticmethod
     def _check_input(name: str, tensor: Tensor, dim: int) -> None:
