@@ -65,7 +65,8 @@ class Router(nn.Module):
 
         The load balancing term has a gradient while the gate's graph lives: the router keeps none. Differentiated later
         than that it raises an error. Under `torch.utils.checkpoint` with use_reentrant=True it must be differentiated
-        once, in the backward pass of the layer's output, which is checked.
+        once, in the backward pass of the layer's output, which is checked. What was decided inside a transform of
+        torch.func can be read inside it alone.
         """
         if self._last is None or self._term is None:
             return self._last

@@ -182,13 +182,13 @@ class SequenceAttention(nn.Module):
 
     def _check_output(self, channels: int, error: RuntimeError) -> None:
         # Afterwards, since a plan may also redistribute what output is given.
-        weight = getattr(self.output, "weight", None)
-        if not isinstance(self.output, nn.Linear) or not isinstance(weight, Tensor):
+        weight: Any = getattr(self.output, "weight", None)
+        if type(self.output) is not nn.Linear:
             return
-        here: Any = weight.to_local() if hasattr(weight, "to_local") else weight  # pyright: ignore
-        if here.shape[1] != channels:
+        inputs: int = (weight.to_local() if hasattr(weight, "to_local") else weight).shape[1]
+        if inputs != channels:
             raise ValueError(
-                f"output must take the channels of the heads that are here, {channels}, got {here.shape[1]}, from a "
+                f"output must take the channels of the heads that are here, {channels}, got {inputs}, from a "
                 "projection of another width or ones split over processes unlike each other; split query, key and "
                 "value by columns, and output by rows, or none of them"
             ) from error
