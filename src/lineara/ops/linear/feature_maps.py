@@ -27,7 +27,9 @@ class Map:
 
     of: Callable[[Tensor], Tensor]  # phi of queries, and of keys where there is no maximum; differentiable
     of_block: Callable[[Tensor, Tensor], Tensor]  # the same of (rows, positions, channels), written into the second
-    times_slope: Callable[[Tensor, Tensor], Tensor]  # a gradient times phi'(x), in place, given phi(x)
+    times_slope: Callable[
+        [Tensor, Tensor], Tensor
+    ]  # a gradient times phi'(x), in place, given phi(x), which it may spoil
     has_maximum: bool = False  # whether keys are shifted by their maximum
     divides_context: bool = False  # whether the sums over keys are divided by their total, and queries by nothing
     counts_positions: bool = False  # whether that total is the number of positions, not the sum of weights
@@ -56,7 +58,7 @@ _MAPS: dict[str, Map] = {
     "elu": Map(  # elu + 1, written such that it keeps its digits where it is small
         of=lambda x: x.clamp_max(0.0).exp() + x.relu(),
         of_block=lambda x, out: _add(x.relu(), to=torch.clamp(x, max=0.0, out=out).exp_()),
-        times_slope=lambda gradient, weights: gradient.mul_(weights.clamp(max=1.0)),
+        times_slope=lambda gradient, weights: gradient.mul_(weights.clamp_(max=1.0)),
     ),
 }
 
