@@ -132,3 +132,11 @@ def test_a_gpu_of_amd_and_a_missing_package_leave_the_reference(on_a_gpu, monkey
     assert "an NVIDIA GPU, got one of AMD" in explain_implementation(*tensors)
     monkeypatch.setattr("lineara.ops.dispatch.find_spec", lambda name: None)
     assert "the package triton, which is not installed" in explain_implementation(*tensors)
+
+
+def test_weights_of_windows_do_not_decide_what_runs(ran):
+    """Which explain_implementation does not see."""
+    x, weight = torch.randn(1, 1, 8, 8), torch.randn(1, 8, 2**19)
+    options = {"feature_map": "softmax", "compression": "conv", "key_weight": weight, "value_weight": weight}
+    multiresolution_attention(x, x, x, resolutions=[2**19], **options)
+    assert ran == {"reference"}

@@ -123,7 +123,8 @@ def _rule(operation: str, query: Tensor, value: Tensor, *others: Tensor | None) 
 
 
 def _is_large(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.numel() > _ONE_BLOCK_ELEMENTS for tensor in tensors)
+    # (Those of 4 axes: masks, gates and the weights of windows do not count, and explain_implementation sees none.)
+    return any(tensor is not None and tensor.ndim == 4 and tensor.numel() > _ONE_BLOCK_ELEMENTS for tensor in tensors)
 
 
 def _obstacle(query: Tensor, value: Tensor) -> str | None:
