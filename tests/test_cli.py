@@ -266,7 +266,7 @@ def test_a_class_that_does_not_exist_is_named(mistake, level, class_path):
             "attention's arguments",
             "num_heads",
             3,
-            "key_dim, by default dim, must be divisible by num_heads, got dim=8 and num_heads=3",
+            "key_dim and value_dim, by default dim, must be divisible by num_heads, got dim=8 and num_heads=3",
         ),
         ("data's arguments", "batch_size", 0, "batch_size must be at least 1, got 0"),
         ("data's arguments", "max_depth", 0, "max_depth must be at least 1, got 0"),
@@ -276,7 +276,7 @@ def test_a_class_that_does_not_exist_is_named(mistake, level, class_path):
             "attention's arguments",
             "normalization",
             "cosine",
-            r"normalization.*\['softmax', 'scaling'\]. Got value: cosine",
+            r"model.network.attention: .*normalization.*\['softmax', 'scaling'\]. Got value: cosine",
         ),
     ],
 )
