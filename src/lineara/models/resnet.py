@@ -102,7 +102,7 @@ def choose_places(
                 f"{', '.join(map(str, numbered))}, got {places}"
             )
         return numbered[places]
-    wrong = not isinstance(places, Iterable) or any(place not in known for place in places)  # pyright: ignore[reportUnnecessaryIsInstance]
+    wrong = not isinstance(places, Iterable) or any(place not in known for place in places)  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
     if wrong or isinstance(places, str) or len(set(places)) < len(places):
         raise ValueError(f"places must be a list of some of {', '.join(known)}, each once, got {places!r}")
     return tuple(place for place in known if place in places)

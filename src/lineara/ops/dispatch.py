@@ -123,7 +123,7 @@ def _rule(operation: str, query: Tensor, value: Tensor, *others: Tensor | None) 
 
 
 def _is_large(*tensors: Tensor | None) -> bool:
-    # (Those of 4 axes: masks, gates and the weights of windows do not count, and explain_implementation sees none.)
+    # Only tensors of 4 axes count, as explain_implementation sees no mask, gate or weight of windows.
     return any(tensor is not None and tensor.ndim == 4 and tensor.numel() > _ONE_BLOCK_ELEMENTS for tensor in tensors)
 
 

@@ -27,7 +27,7 @@ class Map:
 
     of: Callable[[Tensor], Tensor]  # phi of queries, and of keys where there is no maximum; differentiable
     of_block: Callable[[Tensor, Tensor], Tensor]  # the same of (rows, positions, channels), written into the second
-    times_slope: Callable[[Tensor, Tensor], Tensor]  # a gradient times phi'(x), in place, given phi(x), now spoilt
+    times_slope: Callable[[Tensor, Tensor], Tensor]  # a gradient times phi'(x), in place; may overwrite phi(x)
     has_maximum: bool = False  # whether keys are shifted by their maximum
     divides_context: bool = False  # whether the sums over keys are divided by their total, and queries by nothing
     counts_positions: bool = False  # whether that total is the number of positions, not the sum of weights
