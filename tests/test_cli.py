@@ -276,7 +276,8 @@ def test_a_class_that_does_not_exist_is_named(mistake, level, class_path):
             "attention's arguments",
             "normalization",
             "cosine",
-            r"model.network.attention: .*normalization.*\['softmax', 'scaling'\]. Got value: cosine",
+            "model.network.attention.normalization: lineara.models.SequenceClassifier: "
+            "must be one of 'softmax', 'scaling', got cosine$",
         ),
     ],
 )

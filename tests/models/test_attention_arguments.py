@@ -59,7 +59,12 @@ def test_numbers_of_numpy_are_numbers():
         ("mask_rcnn", {"places": None}, ValueError, "places must be a list of some of res2, .*, each once, got None$"),
         ("mask_rcnn", {"trainable_stages": 2.0}, TypeError, "trainable_stages must be an integer, got 2.0$"),
         ("mask_rcnn", {"anchor_sizes": None}, TypeError, "anchor_sizes must be a sequence of integers, got None$"),
-        ("mask_rcnn", {"min_size": None}, TypeError, "min_size must be a sequence of integers, got None$"),
+        (
+            "mask_rcnn",
+            {"min_size": None},
+            TypeError,
+            "min_size must be a sequence of integers or an integer, got None$",
+        ),
         ("mask_rcnn", {"batch_norm_eps": "x"}, TypeError, "batch_norm_eps must be a number, got str$"),
         ("mask_rcnn", {"batch_norm_eps": -1.0}, ValueError, "batch_norm_eps must be at least 0, got -1.0$"),
         ("mask_rcnn", {"version": "1"}, ValueError, "version must be 1 or 2, got '1'$"),

@@ -170,6 +170,26 @@ def test_a_block_names_an_input_of_another_dtype_too():
         EncoderBlock(8, EfficientAttention(8))(torch.randn(2, 5, 8, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(("kind", "last"), [(EfficientAttention, "output"), (EfficientAttention2d, "reprojection")])
+def test_weights_of_two_dtypes_are_not_blamed_on_the_input(kind, last):
+    layer, x = kind(8), torch.randn(2, 8, 8, 8) if kind is EfficientAttention2d else torch.randn(2, 5, 8)
+    layer.get_submodule(last).double()
+    with pytest.raises(
+        TypeError, match=r"^all weights of the layer must have one dtype, got torch\.float32 and torch\.f"
+    ):
+        layer(x)
+
+
+def test_a_block_asks_only_layers_of_this_library_for_their_width():
+    class Other(nn.Module):
+        dim = 3  # an axis, say
+
+        def forward(self, x, context, key_mask):
+            return x
+
+    assert EncoderBlock(8, Other())(torch.ones(1, 2, 8)).shape == (1, 2, 8)
+
+
 def test_a_projection_of_another_width_is_named():
     layer = EfficientAttention(12, 4, num_key_heads=2)
     layer.output = nn.Linear(6, 12)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.export import Dim
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lineara.ops import (
     attend_context,
@@ -297,6 +298,31 @@ def test_an_explicit_choice_that_cannot_be_transformed_is_refused(name):
 
 
 @forward_mode
+@pytest.mark.parametrize("impl", ["reference", "streaming"])
+@pytest.mark.parametrize("name", [*OPERATIONS, "context"])
+def test_selective_checkpointing_may_keep_every_result(name, impl):
+    def operation(query, key, value):
+        key_mask = torch.arange(key.shape[2]) < torch.tensor([[3], [key.shape[2]]])
+        if name == "context":
+            context = summarize_context(key, value, key_mask=key_mask, impl=impl)
+            return attend_context(query, merge_contexts(context, context), impl=impl)
+        return OPERATIONS[name](query, key, value, key_mask=key_mask, impl=impl)
+
+    def policy(context, function, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE
+
+    inputs = tensors(keys=16 if "windows" in name else 13)
+    inputs = tuple(x[:, :1].expand(2, 4, -1, -1).detach().requires_grad_() for x in inputs)
+    plain = torch.autograd.grad(operation(*inputs).square().sum(), inputs)
+    kept = checkpoint(
+        operation,
+        *inputs,
+        use_reentrant=False,
+        context_fn=partial(create_selective_checkpoint_contexts, policy),
+    )
+    torch.testing.assert_close(torch.autograd.grad(kept.square().sum(), inputs), plain, **EXACT)
+
+
 def test_a_tangent_of_any_part_of_a_context_arrives():
     query, key, value = large(7)
     summary = summarize_context(key, value)

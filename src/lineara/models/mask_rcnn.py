@@ -88,7 +88,7 @@ def mask_rcnn(
     min_sizes = (
         (integer("min_size", min_size),)
         if isinstance(min_size, SupportsIndex)
-        else sequence_of("min_size", min_size, integer)
+        else sequence_of("min_size", min_size, integer, otherwise=" or an integer")
     )
     num_classes, max_size = integer("num_classes", num_classes), integer("max_size", max_size)
     _check_numbers(num_classes, min_sizes, max_size, anchor_sizes)

@@ -1,7 +1,7 @@
 """PSMNet: stereo depth from a volume of matching costs, with attention over the whole volume."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
 from lineara.models.psmnet_parts import Convolution2d, Convolution3d, Hourglass, block2d, block3d, residual_blocks
+from lineara.models.resnet import choose_places
 from lineara.nn.checks import check_attention_maker, made_by, sequence_of
 from lineara.ops.checks import check_integer
 
@@ -65,7 +66,9 @@ class PSMNet(nn.Module):
         self.max_disparity = check_integer("max_disparity", max_disparity)
         channels = check_integer("channels", channels)
         num_blocks = sequence_of("num_blocks", num_blocks, partial(check_integer, least=None))
-        _check(places, num_blocks)
+        if len(num_blocks) != 4 or min(num_blocks) < 1:
+            raise ValueError(f"num_blocks must be 4 numbers of at least 1, got {num_blocks}")
+        chosen = choose_places(places, {}, PLACES)
         self.features = FeaturePyramid(channels, num_blocks)
         self.entry = nn.Sequential(*block3d(2 * channels, channels), nn.ReLU(), *block3d(channels, channels), nn.ReLU())
         self.residual = nn.Sequential(*block3d(channels, channels), nn.ReLU(), *block3d(channels, channels))
@@ -76,7 +79,7 @@ class PSMNet(nn.Module):
         )
         self.attention = nn.ModuleDict()
         if attention is not None:
-            self.attention.update({place: made_by(attention, channels) for place in PLACES if place in places})
+            self.attention.update({place: made_by(attention, channels) for place in chosen})
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Disparities of the left view: a point at column x there is at x - disparity in the right view.
@@ -202,15 +205,3 @@ def expected_disparity(scores: Tensor) -> Tensor:
     """Scores (batch, disparities from 0, height, width) to the mean under their softmax, (batch, height, width)."""
     disparities = torch.arange(scores.shape[1], device=scores.device, dtype=scores.dtype)
     return (scores.softmax(dim=1) * disparities[:, None, None]).sum(dim=1)
-
-
-def _check(places: Sequence[str], num_blocks: Sequence[int]) -> None:
-    if (
-        isinstance(places, str)
-        or not isinstance(places, Iterable)
-        or len(set(places)) < len(places)
-        or not set(places) <= set(PLACES)
-    ):
-        raise ValueError(f"places must be a list of some of {', '.join(PLACES)}, each once, got {places!r}")
-    if len(num_blocks) != 4 or min(num_blocks) < 1:
-        raise ValueError(f"num_blocks must be 4 numbers of at least 1, got {tuple(num_blocks)}")

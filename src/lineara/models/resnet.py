@@ -94,7 +94,7 @@ def choose_places(
     places: int | Sequence[str], numbered: dict[int, tuple[str, ...]], known: Sequence[str]
 ) -> tuple[str, ...]:
     """The places by name, each once; in the order of the network."""
-    if isinstance(places, SupportsIndex):
+    if numbered and isinstance(places, SupportsIndex):
         places = check_integer("places", places, least=0)
         if places not in numbered:
             raise ValueError(
@@ -102,7 +102,7 @@ def choose_places(
                 f"{', '.join(map(str, numbered))}, got {places}"
             )
         return numbered[places]
-    wrong = not isinstance(places, Iterable) or any(place not in known for place in places)  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
-    if wrong or isinstance(places, str) or len(set(places)) < len(places):
+    names = tuple(places) if isinstance(places, Iterable) and not isinstance(places, str) else ("",)
+    if any(name not in known for name in names) or len(set(names)) < len(names):
         raise ValueError(f"places must be a list of some of {', '.join(known)}, each once, got {places!r}")
-    return tuple(place for place in known if place in places)
+    return tuple(name for name in known if name in names)

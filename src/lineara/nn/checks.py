@@ -28,10 +28,15 @@ def probability(name: str, value: Any) -> float:
     return converted
 
 
-def sequence_of(name: str, values: Any, check: Callable[[str, Any], Entry]) -> tuple[Entry, ...]:
-    """Every entry as the check returns it; raise unless this is a sequence of what the check lets pass."""
+def sequence_of(
+    name: str, values: Any, check: Callable[[str, Any], Entry], *, otherwise: str = ""
+) -> tuple[Entry, ...]:
+    """Every entry as the check returns it; raise unless this is a sequence of what the check lets pass.
+
+    `otherwise` says what else the caller takes, such as " or None".
+    """
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a sequence of integers, got {values!r}")
+        raise TypeError(f"{name} must be a sequence of integers{otherwise}, got {values!r}")
     return tuple(check(f"each of {name}", value) for value in values)  # pyright: ignore[reportUnknownVariableType]
 
 
@@ -53,14 +58,19 @@ def check_same_batch(x: Tensor, context: Tensor) -> None:
         )
 
 
-def projected(projection: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """projection(tensor); where it fails for the dtype alone, say so."""
+def projected(projection: nn.Module, name: str | None, tensor: Tensor) -> Tensor:
+    """projection(tensor); where it fails for the dtype alone, say so; no name: a tensor that the layer itself made."""
     try:
         return projection(tensor)
     except RuntimeError as error:  # afterwards, since wrappers and hooks may convert what they are given
         dtype: Any = getattr(getattr(projection, "weight", None), "dtype", tensor.dtype)
         if dtype == tensor.dtype or torch.is_autocast_enabled(tensor.device.type):
             raise
+        if name is None:
+            raise TypeError(
+                f"all weights of the layer must have one dtype, got {tensor.dtype} and {dtype}; convert it with "
+                f"layer.to({tensor.dtype})"
+            ) from error
         raise TypeError(
             f"{name} must have the dtype of the layer's weights, {dtype}, got {tensor.dtype}; convert it with "
             f"{name}.to({dtype}), or the layer"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lineara.nn.checks import check_input, check_layer, check_weights, probability, projected
+from lineara.nn.sequence_attention import SequenceAttention
 from lineara.ops.checks import check_integer
 
 
@@ -48,10 +49,9 @@ class EncoderBlock(nn.Module):
         mlp_dim = 4 * dim if mlp_dim is None else check_integer("mlp_dim", mlp_dim)
         dropout = probability("dropout", dropout)
         check_layer("attention", attention)
-        of_attention = getattr(attention, "dim", dim)
-        if isinstance(of_attention, int) and of_attention != dim:
+        if isinstance(attention, SequenceAttention) and attention.dim != dim:
             raise ValueError(
-                f"attention must be a layer of dim={dim} channels, got one of {of_attention}; give both one dim"
+                f"attention must be a layer of dim={dim} channels, got one of {attention.dim}; give both one dim"
             )
         self.attention_norm = nn.LayerNorm(dim, **factory)
         self.attention = attention

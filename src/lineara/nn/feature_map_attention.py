@@ -147,7 +147,7 @@ class FeatureMapAttention(nn.Module):
         return key_mask.flatten(1)
 
 
-def _project(projection: nn.Module, maps: Tensor, name: str = "x") -> Tensor:
+def _project(projection: nn.Module, maps: Tensor, name: str | None = None) -> Tensor:
     """The projection, which may refuse maps without a position: those of a rank whose shard is empty.
 
     Such maps get one that is dropped again, so that whatever stands in a convolution's place runs, with its hooks.

@@ -157,7 +157,7 @@ def check_whole(layer: str, heads_here: int, num_heads: int) -> None:
 def _checked_resolutions(resolutions: Iterable[int] | None, num_key_heads: int) -> tuple[int, ...]:
     if resolutions is None:
         return tuple(2 ** (num_key_heads - 1 - head) for head in range(num_key_heads))
-    checked = sequence_of("resolutions", resolutions, check_integer)
+    checked = sequence_of("resolutions", resolutions, check_integer, otherwise=" or None")
     if len(checked) != num_key_heads:
         raise ValueError(
             f"resolutions must have one entry for each key head, got {len(checked)} of them and {num_key_heads} heads"

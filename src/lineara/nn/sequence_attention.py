@@ -121,7 +121,7 @@ class SequenceAttention(nn.Module):
         )  # (B, H, N, V)
         joined = attended.transpose(1, 2).flatten(2)  # (B, N, H * V)
         try:
-            return self.output(joined)  # (B, N, dim)
+            return projected(self.output, None, joined)  # (B, N, dim)
         except RuntimeError as error:
             self._check_output(joined.shape[2], error)
             raise

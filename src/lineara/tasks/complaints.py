@@ -20,11 +20,12 @@ def one_sentence(message: str) -> str:
     lines = [line.strip().removeprefix("- ") for line in message.splitlines() if line.strip()]
     if len(lines) < 2:
         return " ".join(lines)
-    keys = ".".join(re.findall(r'^ *Parser key "([^"]+)":', message, re.MULTILINE))
-    complaint = "; ".join(line for line in lines if not line.startswith(_AROUND))
+    keys = ".".join(re.findall(r'(?:^ *|: )Parser key "([^"]+)":', message, re.MULTILINE))
+    complaint = "; ".join(line for line in lines if not line.startswith(_AROUND) and not line.endswith(":"))
     if complaint.startswith("Not a valid subclass"):
         complaint = f"must have class_path and init_args and no other key, got {_given_keys(message)}"
     complaint = complaint.split("expects a function or a callable class: ")[-1].split(". Got value: Namespace")[0]
+    complaint = re.sub(r"^Expected a typing\.Literal\[(.*?)\]\. Got value: ", r"must be one of \1, got ", complaint)
     given = re.search(r"Given value: ([^{\n]+)$", message)
     if given and "Got value" not in complaint:
         complaint += f"; got {given[1]}"

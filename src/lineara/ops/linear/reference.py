@@ -32,8 +32,8 @@ def summarize(
     key, value = _prepare(key, value, scale, key_mask, -torch.inf if phi.has_maximum else 0.0)
     if phi.has_maximum:
         maximum = _position_maximum(key)  # (B, H, K)
-        # (One new tensor: exp_ keeps its result for the backward pass, sub keeps nothing.)
-        weights = (key - finite_shift(maximum)[:, :, None, :]).exp_()  # (B, H, M, K)
+        # (Not exp_: selective activation checkpointing refuses that a tensor it may keep is written to.)
+        weights = (key - finite_shift(maximum)[:, :, None, :]).exp()  # (B, H, M, K)
     else:
         weights = phi.of(key)
         maximum = weights.new_zeros((key.shape[0], key.shape[1], key.shape[3]))
