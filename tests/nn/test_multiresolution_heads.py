@@ -107,7 +107,7 @@ def test_one_head_or_no_routing_has_no_router():
         ),
         ({"resolutions": [1, 2, -1]}, ValueError, "each of resolutions must be at least 1, got -1"),
         ({"resolutions": [1, 2, 0.5]}, TypeError, "each of resolutions must be an integer, got 0.5"),
-        ({"resolutions": 8}, TypeError, "resolutions must be a sequence of integers, got 8"),
+        ({"resolutions": 8}, TypeError, "resolutions must be a sequence of integers or None, got 8"),
         ({"routing": None, "top_k": 4}, ValueError, "top_k must be at least 1 and at most num_heads=3, got 4"),
         ({"compression": "sum"}, ValueError, "compression must be one of 'mean', 'max', 'conv', got 'sum'"),
         ({"feature_map": "gelu"}, ValueError, "feature_map must be one of 'softmax', 'relu', 'elu', got 'gelu'"),

@@ -24,6 +24,44 @@ _LARGEST = torch.finfo(torch.float64).max
 FLOATING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens_query: Tensor | None,
+    cu_seqlens_key: Tensor | None,
+) -> None:
+    """Raise unless queries, keys, values, mask and packing fit one another."""
+    if not _fit(query, key, value):
+        check_key_and_value(key, value)
+        check_query_and_key(query, key)
+    if key_mask is not None:
+        check_key_mask(key_mask, key)
+    if cu_seqlens_query is not None or cu_seqlens_key is not None:
+        check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether one look shows what the checks ask for, as it does of nearly every call; a short call takes as long."""
+    if not (type(query) is Tensor and type(key) is Tensor and type(value) is Tensor):
+        return False
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4 or query.is_nested or key.is_nested or value.is_nested:
+        return False
+    batch, heads, _, key_dim = query.shape
+    return (
+        query.dtype is key.dtype is value.dtype
+        and query.dtype in FLOATING_DTYPES
+        and query.layout is key.layout is value.layout is torch.strided
+        and query.device == key.device == value.device
+        and key.shape[0] == batch
+        and key.shape[1] == heads
+        and key.shape[3] == key_dim != 0
+        and value.shape[:3] == key.shape[:3]
+        and value.shape[3] != 0
+    )
+
+
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Raise unless `tensor` is a floating-point (batch, heads, positions, channels) tensor."""
     if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped

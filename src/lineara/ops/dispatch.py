@@ -4,6 +4,7 @@
 falls back to another one.
 """
 
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -13,24 +14,29 @@ import torch
 from torch import Tensor
 
 from lineara.ops.checks import IMPLEMENTATIONS, check_choice, check_tensor
-from lineara.ops.tracing import is_exporting, transform_of
+from lineara.ops.tracing import is_exporting, needs_gradients_alone, transform_of
 
+# "one block" is how "streaming" computes what is to be differentiated and fits into one block.
 _MODULES = {
     "reference": "lineara.ops.linear.reference",
+    "one block": "lineara.ops.linear.one_block",
     "streaming": "lineara.ops.linear.streaming",
     "triton": "lineara.ops.linear.triton_kernels",
 }
 
 # What each operation has.
+_LINEAR = ("reference", "streaming", "triton")
 _AVAILABLE = {
-    "efficient_attention": tuple(_MODULES),
-    "kernel_attention": tuple(_MODULES),
-    "multiresolution_attention": tuple(_MODULES),
+    "efficient_attention": _LINEAR,
+    "kernel_attention": _LINEAR,
+    "multiresolution_attention": _LINEAR,
     "softmax_attention": ("reference",),
 }
 # Up to this many elements (8 MiB of float32) in query, key and value each, torch's own operations on whole tensors are
 # as fast on a CPU as blocks that stay in its cache, and keep no more than this.
 _ONE_BLOCK_ELEMENTS = 2 * 1024 * 1024
+# From this many on, with gradients, formulas on whole tensors are faster than autograd's.
+_FORMULA_ELEMENTS = 256 * 1024
 _WIDEST = 512
 # Wider blocks of float32 do not fit into a multiprocessor's registers.
 _WIDEST_FLOAT32 = 256
@@ -39,10 +45,12 @@ _WIDEST_FLOAT32 = 256
 def choose_implementation(operation: str, impl: str, query: Tensor, value: Tensor, *others: Tensor | None) -> str:
     """The implementation that runs: `impl` itself where it is explicit, and the rule's choice for "auto".
 
-    While compiling for a CPU that is "auto" again, so that no graph knows a size: the operators ask `means_of`.
+    Where that is "streaming", it is "one block" for what fits into one and is to be differentiated. While compiling for
+    a CPU the choice is "auto" again, so that no graph knows a size: the operators ask `means_of`.
     """
     if impl == "auto":
-        return _rule(operation, query, value, *others)[0]
+        impl = _rule(operation, query, value, *others)[0]
+        return "one block" if impl == "streaming" and _is_one_block(_seen(query, value, *others)) else impl
     check_choice("impl", impl, IMPLEMENTATIONS)
     available = _AVAILABLE[operation]
     if impl not in available:
@@ -53,13 +61,13 @@ def choose_implementation(operation: str, impl: str, query: Tensor, value: Tenso
         raise ValueError(f"impl='triton' needs {obstacle}; use impl='auto'{move}")
     if impl != "reference" and (transform := transform_of(query, value, *others)):
         raise ValueError(f"impl must be 'reference' or 'auto' under {transform}, got {impl!r}")
-    return impl
+    return "one block" if impl == "streaming" and _is_one_block(_seen(query, value, *others)) else impl
 
 
 def means_of(implementation: str, *tensors: Tensor) -> ModuleType:
     """The module that computes: for "auto", which a compiled graph leaves open, by size."""
     if implementation == "auto":
-        implementation = "streaming" if _is_large(*tensors) else "reference"
+        implementation = "streaming" if _is_large(_seen(*tensors)) else "reference"
     return import_module(_MODULES[implementation])
 
 
@@ -107,8 +115,14 @@ def _rule(operation: str, query: Tensor, value: Tensor, *others: Tensor | None) 
     if device == "cpu":
         if torch.compiler.is_compiling():
             return "auto", "the compiled operator chooses by size"
-        if _is_large(query, value, *others):
+        seen = _seen(query, value, *others)
+        if _is_large(seen):
             return "streaming", "the tensors are on the CPU and large, where blocks that stay in its cache are fastest"
+        if _is_one_block(seen):
+            return (
+                "streaming",
+                "the tensors are on the CPU, need gradients and fit into one block, whose weights are kept",
+            )
         return "reference", (
             "the tensors are on the CPU and of at most 2,097,152 elements each, where few operations on whole tensors "
             "are as fast as blocks"
@@ -122,9 +136,21 @@ def _rule(operation: str, query: Tensor, value: Tensor, *others: Tensor | None) 
     return "triton", "the tensors are on a GPU, where the fused kernels read and write each of them once"
 
 
-def _is_large(*tensors: Tensor | None) -> bool:
-    # Only tensors of 4 axes count, as explain_implementation sees no mask, gate or weight of windows.
-    return any(tensor is not None and tensor.ndim == 4 and tensor.numel() > _ONE_BLOCK_ELEMENTS for tensor in tensors)
+def _is_one_block(seen: Sequence[Tensor]) -> bool:
+    return _FORMULA_ELEMENTS <= _largest(seen) <= _ONE_BLOCK_ELEMENTS and needs_gradients_alone(seen)
+
+
+def _is_large(seen: Sequence[Tensor]) -> bool:
+    return _largest(seen) > _ONE_BLOCK_ELEMENTS
+
+
+def _largest(seen: Sequence[Tensor]) -> int:
+    return max([tensor.numel() for tensor in seen])
+
+
+def _seen(*tensors: Tensor | None) -> list[Tensor]:
+    """Those that explain_implementation sees too: not a mask, a gate or weights of windows."""
+    return [tensor for tensor in tensors if tensor is not None and tensor.ndim == 4]
 
 
 def _obstacle(query: Tensor, value: Tensor) -> str | None:

@@ -10,10 +10,9 @@ from lineara.ops.checks import (
     Normalization,
     check_choice,
     check_cu_seqlens,
+    check_inputs,
     check_key_and_value,
     check_key_mask,
-    check_packing,
-    check_query_and_key,
     check_query_heads,
     check_same_dtype_and_device,
     check_scale,
@@ -117,10 +116,7 @@ def efficient_attention(
     Gradients of any order are supported; `"auto"` also supports torch.func transforms, forward mode and torch.export.
     """
     query, key, value = as_autocast(query, key, value)
-    check_key_and_value(key, value)
-    check_query_and_key(query, key)
-    check_key_mask(key_mask, key)
-    check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
+    check_inputs(query, key, value, key_mask, cu_seqlens_query, cu_seqlens_key)
     check_choice("normalization", normalization, NORMALIZATIONS)
     return attention.linear_attention(
         "efficient_attention",

@@ -7,10 +7,7 @@ from torch import Tensor
 from lineara.ops.checks import (
     Implementation,
     check_choice,
-    check_key_and_value,
-    check_key_mask,
-    check_packing,
-    check_query_and_key,
+    check_inputs,
     check_scale,
 )
 from lineara.ops.linear import attention
@@ -79,11 +76,8 @@ def kernel_attention(
     Gradients of any order are supported; `"auto"` also supports torch.func transforms, forward mode and torch.export.
     """
     query, key, value = as_autocast(query, key, value)
-    check_key_and_value(key, value)
-    check_query_and_key(query, key)
-    check_key_mask(key_mask, key)
+    check_inputs(query, key, value, key_mask, cu_seqlens_query, cu_seqlens_key)
     check_choice("feature_map", feature_map, KERNEL_MAPS)
-    check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
     return attention.linear_attention(
         "kernel_attention",
         query,

@@ -15,11 +15,8 @@ from lineara.ops.checks import (
     FeatureMap,
     Implementation,
     check_choice,
+    check_inputs,
     check_integer,
-    check_key_and_value,
-    check_key_mask,
-    check_packing,
-    check_query_and_key,
     check_same_dtype_and_device,
     check_scale,
 )
@@ -116,9 +113,7 @@ def multiresolution_attention(
     Gradients of any order are supported; `"auto"` also supports torch.func transforms, forward mode and torch.export.
     """
     query, key, value, gate, key_weight, value_weight = as_autocast(query, key, value, gate, key_weight, value_weight)
-    check_key_and_value(key, value)
-    check_query_and_key(query, key)
-    check_key_mask(key_mask, key)
+    check_inputs(query, key, value, key_mask, cu_seqlens_query, cu_seqlens_key)
     check_choice("compression", compression, COMPRESSIONS)
     check_choice("feature_map", feature_map, FEATURE_MAPS)
     scale = check_scale(scale)
@@ -126,7 +121,6 @@ def multiresolution_attention(
     given_shape, key_shape = key_shape, _checked_shape(key_shape, key)
     _check_gate(gate, query)
     _check_weights(key_weight, value_weight, key, value, compression, max(resolutions) ** len(key_shape))
-    check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
     if cu_seqlens_key is not None and given_shape is not None:
         raise ValueError(f"key_shape must be None with packed sequences, got {tuple(given_shape)}")
     group_name = name_of_group(group, query, key, value, gate, key_weight, value_weight)

@@ -17,8 +17,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def widened(tensor: Tensor) -> Tensor:
     """The tensor in the dtype of sums."""
-    dtype = accumulation_dtype(tensor.dtype)
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def times_scale(tensor: Tensor, scale: float) -> Tensor:

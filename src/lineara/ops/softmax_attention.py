@@ -9,10 +9,7 @@ from lineara.ops.checks import (
     Implementation,
     Normalization,
     check_choice,
-    check_key_and_value,
-    check_key_mask,
-    check_packing,
-    check_query_and_key,
+    check_inputs,
     check_scale,
 )
 from lineara.ops.dispatch import choose_implementation
@@ -67,11 +64,8 @@ def softmax_attention(
     Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, arXiv 1706.03762, equation 1; the scaling form is
     Wang et al., "Non-local Neural Networks", CVPR 2018, arXiv 1711.07971, as named in arXiv 1812.01243.
     """
-    check_key_and_value(key, value)
-    check_query_and_key(query, key)
-    check_key_mask(key_mask, key)
+    check_inputs(query, key, value, key_mask, cu_seqlens_query, cu_seqlens_key)
     check_choice("normalization", normalization, NORMALIZATIONS)
-    check_packing(cu_seqlens_query, cu_seqlens_key, query, key)
     choose_implementation("softmax_attention", impl, query, value)
     scale = None if scale is None else check_scale(scale)
     if cu_seqlens_query is None or cu_seqlens_key is None:

@@ -3,6 +3,8 @@
 Private names of torch stand here alone.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -37,6 +39,26 @@ def is_plain(tensor: Tensor) -> bool:
         and not is_traced()
         and not torch._C._are_functorch_transforms_active()  # pyright: ignore - private
     )
+
+
+def nothing_looks_on(*tensors: Tensor) -> bool:
+    """Whether a call is seen by autograd alone: not traced, transformed, or under a mode that sees each operation."""
+    if is_traced() or torch._C._len_torch_dispatch_stack():  # pyright: ignore - private
+        return False
+    return transform_of(*tensors) is None
+
+
+def needs_gradients_alone(tensors: Sequence[Tensor]) -> bool:
+    """Whether gradients are wanted of dense tensors on the CPU, and nothing but autograd looks on."""
+    return (
+        torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in tensors)
+        and all(type(tensor) in _PLAIN_TYPES and tensor.device.type == "cpu" for tensor in tensors)
+        and nothing_looks_on(*tensors)
+    )
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _has_tangent(tensor: Tensor) -> bool:

@@ -8,13 +8,15 @@ Every public operation of linear attention is this one, under a feature map and 
 from torch import Tensor
 
 from lineara.ops.dispatch import choose_implementation
-from lineara.ops.linear import operators, reference, shards, windows
+from lineara.ops.linear import one_block, operators, reference, shards, windows
 from lineara.ops.linear.feature_maps import Summary, feature_map
 from lineara.ops.linear.windows import Keys, Windows
 from lineara.ops.precision import without_autocast
 from lineara.ops.sequence_parallel import over_group
 
 _POSITIONS = Windows()
+# Those that autograd follows, or have formulas for it; the others are operators.
+_DIFFERENTIATED = {"reference": reference, "one block": one_block}
 
 
 def linear_attention(
@@ -45,10 +47,10 @@ def summarize(implementation: str, keys: Keys, grid: Windows, name: str, scale: 
     """The summary of this rank's positions; windows that straddle two ranks are completed where they begin."""
     arguments = *keys, name, scale, list(grid.resolutions), list(grid.key_shape), grid.compression, implementation
     if group_name and grid.resolutions:
-        run = shards.summarize if implementation == "reference" else shards.SUMMARIZE_SHARD
+        run = shards.summarize if implementation in _DIFFERENTIATED else shards.SUMMARIZE_SHARD
         return run(*arguments, group_name)
-    if implementation == "reference":
-        return windows.summarize(reference, keys, grid, name, scale)
+    if implementation in _DIFFERENTIATED:
+        return windows.summarize(_DIFFERENTIATED[implementation], keys, grid, name, scale)
     return operators.SUMMARIZE(*arguments)
 
 
@@ -70,4 +72,6 @@ def attend(
     if implementation == "reference":
         return reference.attend(query, total, weighted_sum, gate, cu_seqlens, name, scale)
     assert total is not None, "only the reference divides before"
+    if implementation == "one block":
+        return one_block.attend(query, total, weighted_sum, gate, cu_seqlens, name, scale)
     return operators.ATTEND(query, total, weighted_sum, gate, cu_seqlens, name, scale, implementation)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lineara.ops.linear.layout import positions_are_adjacent
 from lineara.ops.precision import accumulation_dtype
 
 # A block holds at most this many elements (2 MiB of float32); it takes as many rows as fit at this length.
@@ -28,16 +29,15 @@ class Buffer:
         self._memory: Tensor | None = None
 
     def fit(self, block: Tensor) -> Tensor:
-        """Uninitialised, of the shape of the block."""
+        """Uninitialised, of the shape of the block, laid out as it is: by position or by channel."""
         if self._memory is None:
             self._memory = block.new_empty(self._size, dtype=self.dtype)
-        return self._memory[: block.numel()].view(block.shape)
+        memory = self._memory[: block.numel()]
+        return memory.view(block.mT.shape).mT if positions_are_adjacent(block) else memory.view(block.shape)
 
     def load(self, block: Tensor, scale: float, hidden: Tensor | None = None, fill: float = 0.0) -> Tensor:
         """scale * block as (R, n, D) in the buffer's dtype, `fill` where hidden; a view where that changes nothing."""
-        anything_hidden = hidden is not None and hidden.shape[3] > 0
-        rows_are_even = _rows_are_even(block)
-        if block.dtype == self.dtype and scale == 1.0 and not anything_hidden and rows_are_even:
+        if block.dtype == self.dtype and scale == 1.0 and hidden is None and _rows_are_even(block):
             return block.flatten(0, 1)
         loaded = self.fit(block)
         if block.dtype == self.dtype and scale != 1.0:
@@ -46,13 +46,15 @@ class Buffer:
             loaded.copy_(block)
             if scale != 1.0:
                 loaded.mul_(scale)
-        loaded = loaded.flatten(0, 1)
-        return loaded.masked_fill_(hidden.flatten(0, 1), fill) if hidden is not None and anything_hidden else loaded
+        # (Strides as `fit` gives them, so that what is computed in place is seen to be.)
+        loaded = loaded.mT.flatten(0, 1).mT if positions_are_adjacent(loaded) else loaded.flatten(0, 1)
+        return loaded if hidden is None else loaded.masked_fill_(hidden, fill)
 
     @contextmanager
     def storing(self, target: Tensor) -> Generator[Tensor]:
         """(R, n, D) to compute in, which ends up in the target: the target itself where dtype and layout allow it."""
-        if target.dtype == self.dtype and target.stride(3) == 1 and _rows_are_even(target):
+        in_order = target.stride(3) == 1 or positions_are_adjacent(target)
+        if target.dtype == self.dtype and in_order and _rows_are_even(target):
             yield target.flatten(0, 1)
         else:
             result = self.fit(target)
@@ -101,3 +103,10 @@ def hidden_positions(key_mask: Tensor | None, key: Tensor) -> Tensor:
     if key_mask is None:
         return key.new_empty((*key.shape[:3], 0), dtype=torch.bool)
     return (~key_mask)[:, None, :, None].expand(-1, key.shape[1], -1, -1)
+
+
+def any_hidden(hidden: Tensor) -> Tensor | None:
+    """Of a block of `hidden_positions`, (R, n, 1); None where there are none, if a look at them does not wait."""
+    if hidden.shape[3] == 0 or (hidden.device.type == "cpu" and not hidden[:, 0].any()):
+        return None
+    return hidden.flatten(0, 1)

@@ -6,10 +6,13 @@ GPU kernels (`triton_kernels.py`) are the only two places that know a map.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from lineara.ops.linear.layout import softmax
+from lineara.ops.tracing import nothing_looks_on
 
 # Maps whose weights are divided by each query's own sum of weights, phi(q) . sum of phi(k).
 KernelMap = Literal["relu", "elu"]
@@ -27,7 +30,7 @@ class Map:
 
     of: Callable[[Tensor], Tensor]  # phi of queries, and of keys where there is no maximum; differentiable
     of_block: Callable[[Tensor, Tensor], Tensor]  # the same of (rows, positions, channels), written into the second
-    times_slope: Callable[[Tensor, Tensor], Tensor]  # a gradient times phi'(x), in place; may overwrite phi(x)
+    times_slope: Callable[[Tensor, Tensor], Tensor]  # a gradient times phi'(x), in place, given phi(x)
     has_maximum: bool = False  # whether keys are shifted by their maximum
     divides_context: bool = False  # whether the sums over keys are divided by their total, and queries by nothing
     counts_positions: bool = False  # whether that total is the number of positions, not the sum of weights
@@ -35,8 +38,8 @@ class Map:
 
 _MAPS: dict[str, Map] = {
     "softmax": Map(
-        of=lambda x: x.softmax(dim=3),
-        of_block=lambda x, out: torch.softmax(x, dim=2, out=out),
+        of=lambda x: softmax(x, 3),
+        of_block=lambda x, out: softmax(x, 2, out),
         times_slope=lambda gradient, weights: gradient.mul_(weights),
         has_maximum=True,
         divides_context=True,
@@ -54,9 +57,9 @@ _MAPS: dict[str, Map] = {
         times_slope=lambda gradient, weights: gradient.masked_fill_(weights <= 0, 0.0),
     ),
     "elu": Map(  # elu + 1, written such that it keeps its digits where it is small
-        of=lambda x: x.clamp_max(0.0).exp() + x.relu(),
+        of=lambda x: _elu(x),
         of_block=lambda x, out: _add(x.relu(), to=torch.clamp(x, max=0.0, out=out).exp_()),
-        times_slope=lambda gradient, weights: gradient.mul_(weights.clamp_(max=1.0)),
+        times_slope=lambda gradient, weights: gradient.mul_(weights.clamp(max=1.0)),
     ),
 }
 
@@ -66,6 +69,27 @@ def feature_map(name: str) -> Map:
     if name not in _MAPS:
         raise ValueError(f"feature_map must be one of {', '.join(map(repr, _MAPS))}, got {name!r}")
     return _MAPS[name]
+
+
+def _elu(x: Tensor) -> Tensor:
+    if nothing_looks_on(x):
+        return _Elu.apply(x)  # pyright: ignore[reportReturnType] - a tensor
+    return x.clamp_max(0.0).exp() + x.relu()
+
+
+class _Elu(torch.autograd.Function):
+    """elu(x) + 1, whose slope is min(elu(x) + 1, 1): one tensor is kept, not four."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        weights = x.clamp_max(0.0).exp_().add_(x.relu())
+        ctx.save_for_backward(weights)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (weights,) = ctx.saved_tensors
+        return gradient * weights.clamp_max(1.0)
 
 
 def _add(positive: Tensor, *, to: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lineara.ops.linear.feature_maps import Summary, feature_map
+from lineara.ops.linear.layout import product, softmax
 from lineara.ops.packed import Positions, Row, by_sequence, stacked
 from lineara.ops.precision import accumulation_dtype, times_scale, widened
 
@@ -56,22 +57,24 @@ def context_of(
     """The weighted sum divided by the total, (B, H, K, V), of a map that divides so.
 
     For softmax that is torch's softmax over positions, which is faster on short sequences than the summary (forward,
-    8 heads of 64: by 1.15 at 64 to 256 positions, 1.6 at 16 positions of 16 channels). Unless `exact`, a channel of
-    -inf alone is NaN, of which the total and the context are 0.
+    8 heads of 64: by 1.15 at 64 to 256 positions, 1.6 at 16 positions of 16 channels). Unless `exact`, the result is
+    NaN where a channel is -inf at all positions or a masked value is not finite; both count as nothing.
     """
     if cu_seqlens is not None or not feature_map(name).has_maximum:
         _, total, weighted_sum = summarize(key, value, key_mask, cu_seqlens, name, scale)
         return quotient(weighted_sum, total)
-    # The lowest number, not -inf, so that the softmax of an item without valid positions is not NaN.
-    key, value = _prepare(key, value, scale, key_mask, torch.finfo(accumulation_dtype(key.dtype)).min)
-    silent = (_position_maximum(key) == -torch.inf)[:, :, None, :] if exact else None
-    # (Filled before the softmax as well: the gradient of a NaN is NaN.)
-    weights = (key if silent is None else key.masked_fill(silent, 0.0)).softmax(dim=2)
-    if silent is not None:
-        weights = weights.masked_fill(silent, 0.0)
-    if key_mask is not None:
-        weights = weights.masked_fill(~key_mask[:, None, :, None], 0.0)
-    return weights.mT @ value
+    key, value = times_scale(key, scale), widened(value)
+    hidden = None if key_mask is None else ~key_mask[:, None, :, None]  # (B, 1, M, 1)
+    if hidden is not None:
+        key = key.masked_fill(hidden, -torch.inf)
+        # (A gradient may meet 0 times what overflows.)
+        if exact or value.requires_grad or key.requires_grad:
+            value = value.masked_fill(hidden, 0.0)
+    if not exact:
+        return softmax(key, 2).mT @ value
+    # The gradient of a NaN is NaN, so that the softmax of such a channel must not be one in the first place.
+    silent = (_position_maximum(key) == -torch.inf)[:, :, None, :]
+    return softmax(key.masked_fill(silent, 0.0), 2).masked_fill(silent, 0.0).mT @ value
 
 
 def attend(
@@ -93,13 +96,13 @@ def attend(
     phi = feature_map(name)
     weights = phi.of(times_scale(query, scale))  # (B, H, N, K)
     if phi.divides_context:
-        output = weights @ (weighted_sum if total is None else quotient(weighted_sum, total))  # (B, H, N, V)
+        output = product(weights, weighted_sum if total is None else quotient(weighted_sum, total))  # (B, H, N, V)
     else:
         assert total is not None, "only divided contexts have none"
         denominator = weights @ total[..., None]  # (B, H, N, 1)
-        defined = denominator >= torch.finfo(denominator.dtype).tiny
         # (A division, because the gradient of a reciprocal squares it, which overflows early.)
-        output = weights @ weighted_sum / torch.where(defined, denominator, 1.0) * defined
+        undefined = denominator < torch.finfo(denominator.dtype).tiny
+        output = product(weights, weighted_sum) / denominator.masked_fill(undefined, torch.inf)
     output = output if output.dtype == query.dtype else output.to(query.dtype)
     return output if gate is None else output * gate[..., None]
 

@@ -11,8 +11,9 @@ M key positions, K key channels, V value channels.
 import torch
 from torch import Tensor
 
-from lineara.ops.linear.blocks import Buffer, empty_like_query, hidden_positions, row_blocks
+from lineara.ops.linear.blocks import Buffer, any_hidden, empty_like_query, hidden_positions, row_blocks
 from lineara.ops.linear.feature_maps import Map, Summary, feature_map
+from lineara.ops.linear.layout import product
 from lineara.ops.linear.reference import count_positions, finite_shift, quotient
 from lineara.ops.packed import Positions, Row, by_sequence, joined, stacked
 from lineara.ops.precision import accumulation_dtype
@@ -21,16 +22,22 @@ FUSES_MEANS = False
 
 
 def summarize(
-    key: Tensor, value: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, name: str, scale: float
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    name: str,
+    scale: float,
+    *,
+    may_hold_anything: bool = False,
 ) -> Summary:
-    """As `reference.summarize`."""
+    """As `reference.summarize`; values that are masked have been replaced where they `may_hold_anything`."""
     if cu_seqlens is not None:
         tensors = Positions(key), Positions(value), Positions(key_mask)
         return stacked(by_sequence(summarize, cu_seqlens, *tensors, None, name, scale))
     phi = feature_map(name)
     shape = (key.shape[0], key.shape[1], key.shape[3])
-    fill = -torch.inf if phi.has_maximum else 0.0
-    maximum = key.new_full(shape, fill, dtype=accumulation_dtype(key.dtype))
+    maximum = key.new_full(shape, -torch.inf if phi.has_maximum else 0.0, dtype=accumulation_dtype(key.dtype))
     total = count_positions(key, key_mask) if phi.counts_positions else torch.zeros_like(maximum)
     make = maximum.new_empty if key.shape[2] else maximum.new_zeros
     weighted_sum = make((*shape, value.shape[3]))
@@ -39,8 +46,9 @@ def summarize(
 
     for (m, s, S), blocks in row_blocks((key, value, hidden), (maximum, total, weighted_sum)):
         for i, (k, v, hide) in enumerate(blocks):
-            k = key_buffer.load(k, scale, hide, fill)  # (R, n, K)
-            v = value_buffer.load(v, 1.0, hide, 0.0)  # (R, n, V)
+            hide = any_hidden(hide)
+            k = key_buffer.load(k, scale, hide if phi.has_maximum else None, -torch.inf)  # (R, n, K)
+            v = value_buffer.load(v, 1.0)  # (R, n, V)
             if phi.has_maximum:
                 new_maximum = torch.maximum(m, k.amax(dim=1))  # (R, K)
                 shift = finite_shift(new_maximum)
@@ -55,6 +63,10 @@ def summarize(
             if not phi.counts_positions:
                 s.add_(weights.sum(dim=1))
             _add_product(S, weights.mT, v, first=i == 0)
+    if key_mask is not None and not may_hold_anything and not weighted_sum.isfinite().all():
+        # Hidden weights are 0, but 0 times a value that is not finite is not.
+        value = value.masked_fill(hidden[:, :1], 0.0)
+        return summarize(key, value, key_mask, None, name, scale, may_hold_anything=True)
     return maximum, total, weighted_sum
 
 
@@ -87,23 +99,26 @@ def summarize_backward(
 
     for (m, ds, dS), blocks in row_blocks((key, value, grad_key, grad_value, hidden), sums):
         for k, v, dk, dv, hide in blocks:
-            k = key_buffer.load(k, scale, hide, -torch.inf if phi.has_maximum else 0.0)  # (R, n, K)
-            v = value_buffer.load(v, 1.0, hide, 0.0)  # (R, n, V)
+            hide = any_hidden(hide)
+            k = key_buffer.load(k, scale)  # (R, n, K)
+            v = value_buffer.load(v, 1.0)  # (R, n, V)
             if phi.has_maximum:
                 weights = torch.sub(k, m[:, None], out=key_buffer.fit(k)).exp_()
             else:
-                weights = _weights(k, key_buffer, hide, phi)
-            with grad_value_buffer.storing(dv) as product:
-                torch.bmm(weights, dS, out=product)
-            with grad_key_buffer.storing(dk) as product:
-                torch.bmm(v, dS.mT, out=product)
+                weights = phi.of_block(k, key_buffer.fit(k))
+            with grad_value_buffer.storing(dv) as grad:
+                product(weights, dS, grad)
+                if hide is not None:
+                    grad.masked_fill_(hide, 0.0)
+            with grad_key_buffer.storing(dk) as grad:
+                product(v, dS.mT, grad)
                 if not phi.counts_positions:
-                    product.add_(ds[:, None])
-                phi.times_slope(product, weights)
-                if hide.shape[3] and not phi.has_maximum:
-                    product.masked_fill_(hide.flatten(0, 1), 0.0)
+                    grad.add_(ds[:, None])
+                phi.times_slope(grad, weights)
                 if scale != 1.0:
-                    product.mul_(scale)
+                    grad.mul_(scale)
+                if hide is not None:
+                    grad.masked_fill_(hide, 0.0)
     return grad_key, grad_value
 
 
@@ -130,10 +145,10 @@ def attend(
         for q, o, g in blocks:
             weights = _query_weights(q, query_buffer, scale, phi)  # (R, n, K)
             factor = _times_gate(_inverse(weights, z, phi), g)
-            with output_buffer.storing(o) as product:
-                torch.bmm(weights, C, out=product)
+            with output_buffer.storing(o) as answers:
+                product(weights, C, answers)
                 if factor is not None:
-                    product.mul_(factor)
+                    answers.mul_(factor)
     return output
 
 
@@ -177,22 +192,22 @@ def attend_backward(
             factor = _times_gate(inverse, g)  # (R, n, 1)
             weighted = weights if factor is None else weights * factor  # (R, n, K)
             _add_product(dS, weighted.mT, do, first=i == 0)
-            with grad_query_buffer.storing(dq) as product:
-                torch.bmm(do, C.mT, out=product)  # (R, n, K)
+            with grad_query_buffer.storing(dq) as grad:
+                product(do, C.mT, grad)  # (R, n, K)
                 if phi.has_maximum:
-                    share = product.mul_(weights).sum(dim=2, keepdim=True)  # (R, n, 1)
-                    product.addcmul_(weights, share, value=-1.0)
+                    share = grad.mul_(weights).sum(dim=2, keepdim=True)  # (R, n, 1)
+                    grad.addcmul_(weights, share, value=-1.0)
                 else:
-                    share = (product * weights).sum(dim=2, keepdim=True)
+                    share = (grad * weights).sum(dim=2, keepdim=True)
                     if inverse is not None:
                         share.mul_(inverse)
                         dz[:, :, None].baddbmm_(weighted.mT, share, alpha=-1.0)
-                        product.sub_(share * z[:, None])
-                    phi.times_slope(product, weights)
+                        grad.sub_(share * z[:, None])
+                    phi.times_slope(grad, weights)
                 if factor is not None:
-                    product.mul_(factor)
+                    grad.mul_(factor)
                 if scale != 1.0:
-                    product.mul_(scale)
+                    grad.mul_(scale)
             if gate is not None:
                 dg.copy_(share.view(dg.shape))
         if phi.divides_context:
@@ -212,12 +227,13 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> 
 
 
 def _query_weights(query: Tensor, buffer: Buffer, scale: float, phi: Map) -> Tensor:
-    return phi.of_block(buffer.load(query, scale), buffer.fit(query).flatten(0, 1))
+    loaded = buffer.load(query, scale)
+    return phi.of_block(loaded, buffer.fit(loaded))
 
 
-def _weights(key: Tensor, buffer: Buffer, hidden: Tensor, phi: Map) -> Tensor:
+def _weights(key: Tensor, buffer: Buffer, hidden: Tensor | None, phi: Map) -> Tensor:
     weights = phi.of_block(key, buffer.fit(key))
-    return weights.masked_fill_(hidden.flatten(0, 1), 0.0) if hidden.shape[3] else weights
+    return weights if hidden is None else weights.masked_fill(hidden, 0.0)
 
 
 def _inverse(weights: Tensor, total: Tensor, phi: Map) -> Tensor | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lineara.ops.linear import reference
+from lineara.ops.linear import one_block, reference
 from lineara.ops.linear.feature_maps import Summary
 from lineara.ops.linear.windows_in_place import Windows, WindowsInPlace, on_grid
 from lineara.ops.packed import Positions, Row, by_sequence, joined, stacked
@@ -43,17 +43,21 @@ def summarize(means: ModuleType, keys: Keys, windows: Windows, feature_map: str,
 
 def context_of(keys: Keys, windows: Windows, feature_map: str, scale: float) -> Tensor:
     """By the reference, the weighted sum divided by the total, (B, H, K, V), of a map that divides so."""
+    if is_plain(keys.key):
+        context = _context_of(keys, windows, feature_map, scale, exact=False)
+        # Where the quick way meets a key channel of -inf or a masked item that is not finite, it gives NaN.
+        if not math.isnan(context.detach().sum().item()):
+            return context
+    return _context_of(keys, windows, feature_map, scale, exact=True)
 
+
+def _context_of(keys: Keys, windows: Windows, feature_map: str, scale: float, *, exact: bool) -> Tensor:
     def compute(*arguments: Any) -> tuple[Tensor]:
         return (reference.context_of(*arguments, exact=exact),)
 
-    exact = not is_plain(keys.key)
-    context = _over_windows(reference, compute, keys, windows, feature_map, scale)[0]
-    # A key channel that is not exact is NaN in all of its row.
-    if not exact and math.isnan(context.detach().select(3, 0).sum().item()):
-        exact = True
-        return _over_windows(reference, compute, keys, windows, feature_map, scale)[0]
-    return context
+    if not windows.resolutions:
+        return compute(*keys[:4], feature_map, scale)[0]
+    return _over_windows(reference, compute, keys, windows, feature_map, scale)[0]
 
 
 def _over_windows(
@@ -83,7 +87,7 @@ def _over_windows(
     windows = windows if is_traced() else windows.within(max(windows.key_shape))
     runs = groups(windows.resolutions)
     sizes = [heads.stop - heads.start for heads, _ in runs]
-    shrink = compress if means is reference else _compress_in_place
+    shrink = compress if means in (reference, one_block) else _compress_in_place
     parts: list[tuple[Tensor, ...]] = []
     # (Split, not sliced: the gradient of each slice would be a tensor of zeros for all heads.)
     for (heads, resolution), k, v in zip(runs, torch.split(key, sizes, 1), torch.split(value, sizes, 1)):
