@@ -87,9 +87,10 @@ class _Summarize(Function):
 
     @staticmethod
     def backward(ctx: Any, _: Any, grad_total: Any, grad_sum: Any, grad_weights: Any) -> tuple[Any, ...]:
-        value, key_mask, weights = ctx.saved_tensors
+        saved: tuple[Any, ...] = ctx.saved_tensors
+        value, key_mask, weights = saved
         phi = feature_map(ctx.name)
-        hidden = None if key_mask is None else ~key_mask[:, None, :, None]
+        hidden: Any = None if key_mask is None else ~key_mask[:, None, :, None]
         grad_key = grad_value = None
         with without_autocast(value):
             if grad_sum is not None and ctx.needs_input_grad[1]:
@@ -131,7 +132,7 @@ class _Attend(Function):
         phi = feature_map(name)
         weights = phi.of(times_scale(query, scale))  # (B, H, N, K)
         output = product(weights, quotient(weighted_sum, total) if phi.divides_context else weighted_sum)
-        factor = _factor(weights, total, gate, divides=not phi.divides_context)
+        factor = _times_gate(None if phi.divides_context else _inverse(weights, total), gate)
         if factor is not None:
             output.mul_(factor)
         ctx.name, ctx.scale, ctx.dtype = name, scale, query.dtype
@@ -141,15 +142,18 @@ class _Attend(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any, grad_weights: Any) -> tuple[Any, ...]:
-        total, weighted_sum, gate, weights = ctx.saved_tensors
+        saved: tuple[Any, ...] = ctx.saved_tensors
+        total, weighted_sum, gate, weights = saved
         phi = feature_map(ctx.name)
-        grad_query = grad_total = grad_sum = grad_gate = None
+        share: Any = None
+        grad_query: Any = None
+        grad_total = grad_sum = grad_gate = None
         with without_autocast(weights):
             if grad_output is not None:
                 grad_output = widened(grad_output)
                 context = quotient(weighted_sum, total) if phi.divides_context else weighted_sum
-                inverse = _factor(weights, total, None, divides=not phi.divides_context)
-                factor = _factor(weights, total, gate, divides=not phi.divides_context)
+                inverse = None if phi.divides_context else _inverse(weights, total)
+                factor: Any = _times_gate(inverse, gate)
                 grad_query = product(grad_output, context.mT)  # (B, H, N, K)
                 if gate is not None or inverse is not None:
                     share = (grad_query * weights).sum(dim=3, keepdim=True)  # (B, H, N, 1)
@@ -164,8 +168,8 @@ class _Attend(Function):
                     grad_sum = quotient(grad_sum, total)
                     grad_total = (context * grad_sum).sum(dim=3).neg_()
                 else:
-                    own = _in_place(grad_query)
-                    grad_query = torch.addcmul(grad_query, factor * share, total[:, :, None], value=-1.0, out=own)
+                    apart, own = factor * share, _in_place(grad_query)  # (B, H, N, 1)
+                    grad_query = torch.addcmul(grad_query, apart, total[:, :, None], value=-1.0, out=own)
                     grad_total = (weighted.mT @ share)[..., 0].neg_()
             if grad_weights is not None:
                 grad_query = grad_weights.clone() if grad_query is None else grad_query.add_(grad_weights)
@@ -180,14 +184,17 @@ class _Attend(Function):
         return grad_query, grad_total, grad_sum, grad_gate, None, None
 
 
-def _factor(weights: Tensor, total: Tensor, gate: Tensor | None, *, divides: bool) -> Tensor | None:
-    """What products are multiplied by, (B, H, N, 1): the gate, and 1 / (P . s), or 0 where P . s is not normal."""
-    gate = None if gate is None else gate[..., None]
-    if not divides:
-        return gate
+def _inverse(weights: Tensor, total: Tensor) -> Tensor:
+    """1 / (P . s), and 0 where P . s is not a normal number: (B, H, N, 1)."""
     denominator = weights @ total[..., None]
-    inverse = denominator.masked_fill(denominator < torch.finfo(denominator.dtype).tiny, torch.inf).reciprocal()
-    return inverse if gate is None else inverse * gate
+    return denominator.masked_fill(denominator < torch.finfo(denominator.dtype).tiny, torch.inf).reciprocal()
+
+
+def _times_gate(inverse: Tensor | None, gate: Tensor | None) -> Tensor | None:
+    """What products are multiplied by, (B, H, N, 1); None for 1."""
+    if gate is None:
+        return inverse
+    return gate[..., None] if inverse is None else inverse * gate[..., None]
 
 
 def _in_place(tensor: Tensor) -> Tensor | None:

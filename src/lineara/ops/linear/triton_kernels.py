@@ -717,7 +717,11 @@ def _launch(
         options |= {"BLOCK_K": tiles.k, "TILES_V": tiles.num_v}
     options |= {"K": tiles.key_dim, "V": tiles.value_dim, "BLOCK_V": tiles.v}
     with torch.cuda.device_of(tensors[0]):
-        kernel[(programs,)](*tensors, *numbers, **options, num_warps=tiles.warps)
+        _run(kernel, programs, (*tensors, *numbers), {**options, "num_warps": tiles.warps})
+
+
+def _run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    kernel[(programs,)](*arguments, **options)
 
 
 def _precision(tensor: Tensor) -> str:
