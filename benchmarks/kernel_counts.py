@@ -100,7 +100,9 @@ def launches(call: Callable[[], object]) -> list[Launch]:
     return found
 
 
-def calls(rows: int, positions: int, channels: int, dtype: torch.dtype, feature_map: str) -> dict[str, Callable[[], Any]]:
+def calls(
+    rows: int, positions: int, channels: int, dtype: torch.dtype, feature_map: str
+) -> dict[str, Callable[[], Any]]:
     """The four passes on tensors without memory."""
     x = torch.empty((1, rows, positions, channels), dtype=dtype, device="meta")
     total = torch.empty((1, rows, channels), device="meta")
@@ -136,6 +138,7 @@ def compiled(launch: Launch, capability: str) -> Any:
             attributes[(i,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", int(capability.replace(".", "")), 32)
     options = {name: value for name, value in launch.options.items() if name not in kernel.arg_names}
+    options["enable_fp_fusion"] = True  # as `_run` has it
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 
@@ -165,21 +168,25 @@ def _tool(name: str, *words: str) -> str:
 
 
 def instructions_of_loop(code: str, inner_trips: int = 1) -> int:
-    """Instructions of the longest loop, those of a loop inside it as often as it runs."""
+    """Instructions of the longest loop, those of a loop inside it as often as it runs.
+
+    Where a loop loads ahead (LDGSTS), the others are for what is left at the end of a sequence.
+    """
     places: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
-    number = 0
+    lines: list[str] = []
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
-            places[label[1]] = number
+            places[label[1]] = len(lines)
         elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
             if jump := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line):
-                jumps.append((number, jump[1]))
-            number += 1
+                jumps.append((len(lines), jump[1]))
+            lines.append(line)
     loops = [(places[label], end) for end, label in jumps if label in places and places[label] < end - 8]
+    ahead = [loop for loop in loops if any("LDGSTS" in line for line in lines[slice(*loop)])]
     if not loops:
         return 0
-    start, end = max(loops, key=lambda loop: loop[1] - loop[0])
+    start, end = max(ahead or loops, key=lambda loop: loop[1] - loop[0])
     inside = [b - a + 1 for a, b in loops if start < a and b < end]
     return end - start + 1 + sum(inside) * max(inner_trips - 2, 0)
 
@@ -190,12 +197,10 @@ def traffic(name: str, channels: int, dtype: torch.dtype) -> int:
     return units * channels * dtype.itemsize
 
 
-def balance(programs: int, blocks_of_row: int, splits: int, resident: int, multiprocessors: int) -> float:
-    """The share of the multiprocessors' time that is work, if every block takes as long."""
-    rows = programs // splits
-    each = -(-blocks_of_row // splits)
-    rounds = -(-programs // (multiprocessors * resident))
-    return rows * blocks_of_row / (rounds * multiprocessors * resident * each)
+def balance(programs: int, blocks_of_row: int, splits: int, multiprocessors: int) -> float:
+    """The blocks of the average multiprocessor by those of the busiest one."""
+    busiest = -(-programs // multiprocessors) * -(-blocks_of_row // splits)
+    return programs // splits * blocks_of_row / (busiest * multiprocessors)
 
 
 def rows_of_table(capability: str, dtype_name: str, widths: list[int], feature_map: str) -> Iterator[str]:
@@ -207,20 +212,23 @@ def rows_of_table(capability: str, dtype_name: str, widths: list[int], feature_m
             for launch in main:
                 counts = counted(launch, capability)
                 block = launch.options["BLOCK_N"]
-                # All programs that share a block of positions, and what of it moves: in two launches, half each.
+                of_query, of_context = (launch.options.get(part, True) for part in ("OF_QUERY", "OF_CONTEXT"))
+                # All programs that share a block of positions.
                 shared_by = launch.options.get("TILES_K", 1) * launch.options["TILES_V"]
-                if name == "attend backward" and launch.options.get("OF_QUERY", True):
+                if name == "summarize backward" or (name == "attend backward" and of_query):
                     shared_by = 1
-                if name == "summarize backward":
-                    shared_by = 1
-                moved = block * traffic(name, width, dtype) / len(main)
+                moved = block * traffic(name, width, dtype) * (1 if of_query else 2 / 3)
                 issued = counts.instructions * counts.warps * shared_by
                 share = issued / (4 * moved / device.bytes_per_cycle)
                 yield (
-                    f"| {width} | {dtype_name} | {name} | {block} | {counts.instructions} | {issued / moved:.2f} | "
-                    f"{share:.0%} | {counts.registers} | {counts.spilled} | {counts.shared:,} | "
-                    f"{counts.resident(device)} |"
+                    f"| {width} | {dtype_name} | {name}{_part(of_query, of_context)} | {block} | {counts.instructions} | "
+                    f"{issued / moved:.2f} | {share:.0%} | {counts.registers} | {counts.spilled} | "
+                    f"{counts.shared:,} | {counts.resident(device)} |"
                 )
+
+
+def _part(of_query: bool, of_context: bool) -> str:
+    return "" if of_query and of_context else ", queries" if of_query else ", contexts"
 
 
 def rows_of_balance(capability: str, dtype_name: str, feature_map: str) -> Iterator[str]:
@@ -232,8 +240,7 @@ def rows_of_balance(capability: str, dtype_name: str, feature_map: str) -> Itera
             launch = next(launch for launch in found if "BLOCK_N" in launch.options)
             values = dict(zip(launch.kernel.arg_names, launch.arguments))
             blocks, splits = -(-positions // launch.options["BLOCK_N"]), values["num_splits"]
-            resident = counted(launch, capability).resident(device)
-            share = balance(launch.programs, blocks, splits, resident, device.multiprocessors)
+            share = balance(launch.programs, blocks, splits, device.multiprocessors)
             cells.append(f"{share:.0%} ({launch.programs:,} programs, {len(found)} launch{'es' * (len(found) > 1)})")
         yield f"| ({rows}, {positions}, {channels}) | {' | '.join(cells)} |"
 

@@ -231,9 +231,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print("# Head to head on the CPU\n")
-    print(
-        f'float32 unless it says bfloat16, `impl="auto"`, gradients of all inputs and weights. {environment(REPOSITORY)}\n'
-    )
+    print('float32 unless it says bfloat16, `impl="auto"`, gradients of all inputs and weights.', end=" ")
+    print(f"{environment(REPOSITORY)}\n")
     print("| call | contender | ms | contender / ours | verdict | calls | our spread |")
     print("|---" * 7 + "|")
     verdicts: Counter[str] = Counter()
@@ -251,7 +250,8 @@ def main() -> None:
             ratio = theirs.median / ours.median
             verdicts[verdict(ratio)] += 1
             print(
-                f"| {cell} | {name} | {ours.median * 1e3:.3f} | {ratio:.2f} | {verdict(ratio)} | {ours.repeats} | {spread} |",
+                f"| {cell} | {name} | {ours.median * 1e3:.3f} | {ratio:.2f} | {verdict(ratio)} | {ours.repeats} | "
+                f"{spread} |",
                 flush=True,
             )
     print(f"\nCells: {verdicts['ahead']} ahead, {verdicts['level']} level, {verdicts['behind']} behind.")

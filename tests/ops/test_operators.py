@@ -140,6 +140,24 @@ def test_a_compiled_graph_holds_the_operators_whatever_the_length():
     assert seen == ["lineara.summarize.default", "lineara.attend.default"]
 
 
+def test_a_gate_of_any_layout_compiles_with_its_gradient():
+    query, key, value = tensors(keys=11)
+    gate = torch.rand(3, 2, 7, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    call = partial(multiresolution_attention, resolutions=(2, 1, 1))
+    right = torch.autograd.grad(call(query, key, value, gate=gate).square().sum(), gate)
+    compiled = torch.compile(call, fullgraph=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(query, key, value, gate=gate).square().sum(), gate), right, **EXACT
+    )
+
+
+def test_softmax_attention_compiles_for_any_number_of_heads():
+    compiled = torch.compile(softmax_attention, fullgraph=True, backend="aot_eager")
+    for heads in (2, 1, 4):
+        query, key, value = (torch.randn(2, heads, 9, 4) for _ in range(3))
+        torch.testing.assert_close(compiled(query, key, value), softmax_attention(query, key, value))
+
+
 def test_context_functions_compile_to_one_graph():
     def call(query, key, value):
         parts = [summarize_context(key[:, :, a:b], value[:, :, a:b]) for a, b in ((0, 5), (5, 13))]
@@ -298,6 +316,36 @@ def test_an_explicit_choice_that_cannot_be_transformed_is_refused(name):
 
 
 @forward_mode
+@pytest.mark.parametrize("made", ["one tensor", "one of another", "all of one"])
+@pytest.mark.parametrize("impl", ["reference", "streaming"])
+@operations
+def test_gradients_of_inputs_that_depend_on_one_another(name, impl, made):
+    """The first and second gradients, where the first is differentiated again."""
+    first, second, _ = tensors(keys=7)
+    first, second = (
+        tensor[..., :5].repeat(1, 4, 1, 1)[:, :4].detach().requires_grad_() for tensor in (first, first + 1)
+    )
+
+    def loss(impl):
+        given = {
+            "one tensor": (first, first, first),
+            "one of another": (second, first, second * first),
+            "all of one": (first.tanh(), first, first * 2),
+        }[made]
+        return OPERATIONS[name](*given, impl=impl).square().sum()
+
+    right = torch.autograd.grad(loss("reference"), first)
+    (given,) = torch.autograd.grad(loss(impl), first, create_graph=True)
+    torch.testing.assert_close(given, right[0], rtol=1e-9, atol=1e-9)
+    (again,) = torch.autograd.grad(loss("reference"), first, create_graph=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(given.square().sum(), first),
+        torch.autograd.grad(again.square().sum(), first),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+
+
 @pytest.mark.parametrize("impl", ["reference", "streaming"])
 @pytest.mark.parametrize("name", [*OPERATIONS, "context"])
 def test_selective_checkpointing_may_keep_every_result(name, impl):

@@ -59,11 +59,17 @@ def check_same_batch(x: Tensor, context: Tensor) -> None:
 
 
 def projected(projection: nn.Module, name: str | None, tensor: Tensor) -> Tensor:
-    """projection(tensor); where it fails for the dtype alone, say so; no name: a tensor that the layer itself made."""
+    """projection(tensor); where it fails for dtype or device, say so; no name: a tensor that the layer itself made."""
     try:
         return projection(tensor)
     except RuntimeError as error:  # afterwards, since wrappers and hooks may convert what they are given
-        dtype: Any = getattr(getattr(projection, "weight", None), "dtype", tensor.dtype)
+        weight: Any = getattr(projection, "weight", tensor)
+        if name is not None and weight.device.type != tensor.device.type:
+            raise ValueError(
+                f"{name} must be on the device of the layer's weights, {weight.device}, got {tensor.device}; move one "
+                "of them"
+            ) from error
+        dtype: Any = getattr(weight, "dtype", tensor.dtype)
         if dtype == tensor.dtype or torch.is_autocast_enabled(tensor.device.type):
             raise
         if name is None:

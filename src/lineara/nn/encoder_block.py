@@ -79,8 +79,8 @@ class EncoderBlock(nn.Module):
             "x",
             x,
             ("batch", "positions", self.dim),
-            instead_of_nesting="pack its sequences into a batch of one and say where each begins, "
-            "x.values()[None] with cu_seqlens=x.offsets()",
+            instead_of_nesting="pack its sequences into a batch of one, torch.cat(x.unbind())[None], and say where "
+            "each begins with cu_seqlens",
         )
         packing = {"cu_seqlens": cu_seqlens, "context_cu_seqlens": context_cu_seqlens}
         given = {name: tensor for name, tensor in packing.items() if tensor is not None}

@@ -199,8 +199,8 @@ class SequenceAttention(nn.Module):
             name,
             tensor,
             ("batch", "positions", dim),
-            instead_of_nesting="pack its sequences into a batch of one and say where each begins, "
-            f"{name}.values()[None] with {'' if name == 'x' else 'context_'}cu_seqlens={name}.offsets()",
+            instead_of_nesting=f"pack its sequences into a batch of one, torch.cat({name}.unbind())[None], and say "
+            f"where each begins with {'' if name == 'x' else 'context_'}cu_seqlens",
         )
 
     @staticmethod

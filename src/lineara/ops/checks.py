@@ -3,8 +3,10 @@
 They run at the public door, before any work, and raise one sentence: what must hold, what was given, what to do.
 """
 
+import math
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
@@ -86,6 +88,14 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have at least one channel, got the shape {tuple(tensor.shape)}")
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise for nested and sparse tensors."""
+    if tensor.is_nested:
+        raise TypeError(f"{name} must not be a nested tensor; pad it with torch.nested.to_padded_tensor, or pack it")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}; convert it with .to_dense()")
+
+
 def check_same_dtype_and_device(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
     """Raise unless all tensors share one dtype and one device."""
     for name, tensor in zip(names[1:], tensors[1:]):
@@ -134,6 +144,7 @@ def check_key_mask(key_mask: Tensor | None, key: Tensor) -> None:
         return
     if not isinstance(key_mask, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
         raise TypeError(f"key_mask must be a torch.Tensor or None, got {type(key_mask).__name__}")
+    check_dense("key_mask", key_mask)
     if key_mask.dtype != torch.bool:
         raise TypeError(
             f"key_mask must be boolean (True = takes part), got {key_mask.dtype}; write key_mask == 0 for a mask that "
@@ -159,6 +170,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor | None, tensor_name: str, ten
         return
     if not isinstance(cu_seqlens, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
         raise TypeError(f"{name} must be a torch.Tensor or None, got {type(cu_seqlens).__name__}")
+    check_dense(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {cu_seqlens.dtype}; write {name}.int()")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
@@ -192,16 +204,26 @@ def check_packing(cu_seqlens_query: Tensor | None, cu_seqlens_key: Tensor | None
         _check_equal_size("cu_seqlens_query", entries[0], "cu_seqlens_key", entries[1], "number of entries")
 
 
-def check_scale(scale: Any) -> float:
-    """The scale as a float; raise unless it is a finite number (a tensor would get no gradient)."""
-    return check_number("scale", scale, "; to learn it, multiply query and key by it instead")
+def check_scale(scale: Any, dtype: torch.dtype = torch.float64, *, power: int = 1) -> float:
+    """The scale as a float; raise unless it is a number (a tensor would get no gradient) whose power is finite.
+
+    That is, in the dtype that sums over inputs of `dtype` are kept in.
+    """
+    number = check_number("scale", scale, "; to learn it, multiply query and key by it instead")
+    largest = torch.finfo(dtype if dtype == torch.float64 else torch.float32).max ** (1 / power)
+    if abs(number) > largest:
+        raise ValueError(f"scale must be at most {largest:.4g} for {dtype}, got {number}; multiply the inputs instead")
+    return number
 
 
 def check_number(name: str, value: Any, advice: str = "") -> float:
     """The value as a float; raise unless it is a finite number, of Python or of numpy."""
-    if isinstance(value, bool) or not (isinstance(value, float | int) or _is_number_of_numpy(value)):
+    if isinstance(value, bool) or not (isinstance(value, float | int | Real) or _is_number_of_numpy(value)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{advice}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not abs(number) <= _LARGEST:  # math.isfinite would break a compiled graph
         raise ValueError(f"{name} must be finite, got {number}")
     return number
@@ -219,11 +241,14 @@ def check_integer(name: str, value: SupportsIndex, least: int | None = 1) -> int
         value = integer
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not isinstance(value, torch.SymInt) and value >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {value}")
     return value  # pyright: ignore[reportReturnType] - a SymInt stands for an int
 
 
 def _is_number_of_numpy(value: Any) -> bool:
-    return hasattr(value, "__float__") and not isinstance(value, Tensor) and not getattr(value, "shape", ())
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    return kind in ("f", "i", "u") and getattr(value, "shape", None) == ()
 
 
 def check_choice(name: str, given: str, choices: Sequence[str]) -> None:

@@ -123,7 +123,7 @@ def efficient_attention(
         query,
         Keys(key, value, key_mask, cu_seqlens_key),
         _FEATURE_MAPS[normalization],
-        check_scale(scale),
+        check_scale(scale, query.dtype),
         cu_seqlens_query=cu_seqlens_query,
         impl=impl,
         group_name=name_of_group(group, query, key, value),
@@ -174,7 +174,7 @@ def summarize_context(
     check_key_mask(key_mask, key)
     check_choice("normalization", normalization, NORMALIZATIONS)
     check_cu_seqlens("cu_seqlens", cu_seqlens, "key", key)
-    scale = check_scale(scale)
+    scale = check_scale(scale, key.dtype)
     implementation = choose_implementation("efficient_attention", impl, key, value)
     with without_autocast(key):
         keys, name = Keys(key, value, key_mask, cu_seqlens), _FEATURE_MAPS[normalization]
@@ -277,6 +277,21 @@ def attend_context(
         return attention.attend(implementation, query, total, weighted_sum, None, cu_seqlens, name, scale)
 
 
+def _is_whole(*tensors: Tensor) -> bool:
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return False
+    kinds = {(tensor.dtype, tensor.device) for tensor in tensors}
+    maximum, total, weighted_sum = (tensor.shape for tensor in tensors)
+    return len(kinds) == 1 and len(weighted_sum) == 4 and maximum == total == weighted_sum[:3]
+
+
 def _check_summary(context: ContextSummary) -> None:
     if not isinstance(context, ContextSummary):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
         raise TypeError(f"a context must come from summarize_context or merge_contexts, got {type(context).__name__}")
+    if not _is_whole(*context[:3]):
+        raise ValueError(
+            "the tensors of a context must have the shapes (batch, heads, key channels) twice and (batch, heads, key "
+            "channels, value channels), one dtype and one device; use what summarize_context gives as it is"
+        )
+    check_choice("normalization", context.normalization, NORMALIZATIONS)
+    check_scale(context.scale, context.total.dtype)

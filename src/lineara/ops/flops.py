@@ -49,13 +49,14 @@ class _UntilTheCounterIsImported(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != _COUNTER:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def run_and_register(module: ModuleType) -> None:
                 run(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 for operator, formula in self.formulas.items():
                     _register(module, operator, formula)
 

@@ -83,7 +83,7 @@ def kernel_attention(
         query,
         Keys(key, value, key_mask, cu_seqlens_key),
         feature_map,
-        check_scale(scale),
+        check_scale(scale, query.dtype),
         cu_seqlens_query=cu_seqlens_query,
         impl=impl,
         group_name=name_of_group(group, query, key, value),

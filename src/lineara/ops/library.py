@@ -42,6 +42,8 @@ def reference_gradients(
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again, of what the reference computes, for the inputs that need one."""
     with torch.enable_grad():
+        # Views, whose history ends here: inputs may be one tensor, or one made of another.
+        inputs = [tensor.view_as(tensor) for tensor in inputs]
         outputs = forward(*inputs)
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         pairs = [(output, grad) for output, grad in zip(outputs, grad_outputs) if output.requires_grad]

@@ -15,6 +15,7 @@ from lineara.ops.checks import (
     FeatureMap,
     Implementation,
     check_choice,
+    check_dense,
     check_inputs,
     check_integer,
     check_same_dtype_and_device,
@@ -116,7 +117,7 @@ def multiresolution_attention(
     check_inputs(query, key, value, key_mask, cu_seqlens_query, cu_seqlens_key)
     check_choice("compression", compression, COMPRESSIONS)
     check_choice("feature_map", feature_map, FEATURE_MAPS)
-    scale = check_scale(scale)
+    scale = check_scale(scale, query.dtype)
     resolutions = _checked_resolutions(resolutions, key)
     given_shape, key_shape = key_shape, _checked_shape(key_shape, key)
     _check_gate(gate, query)
@@ -206,3 +207,4 @@ def _check_weights(
 def _check_is_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance] - callers are untyped
         raise TypeError(f"{name} must be a torch.Tensor or None, got {type(tensor).__name__}")
+    check_dense(name, tensor)

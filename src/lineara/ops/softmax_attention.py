@@ -14,7 +14,7 @@ from lineara.ops.checks import (
 )
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.packed import cut
-from lineara.ops.precision import accumulation_dtype
+from lineara.ops.precision import accumulation_dtype, as_autocast, without_autocast
 
 
 def softmax_attention(
@@ -64,15 +64,17 @@ def softmax_attention(
     Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, arXiv 1706.03762, equation 1; the scaling form is
     Wang et al., "Non-local Neural Networks", CVPR 2018, arXiv 1711.07971, as named in arXiv 1812.01243.
     """
+    query, key, value = as_autocast(query, key, value)
     check_inputs(query, key, value, key_mask, cu_seqlens_query, cu_seqlens_key)
     check_choice("normalization", normalization, NORMALIZATIONS)
     choose_implementation("softmax_attention", impl, query, value)
-    scale = None if scale is None else check_scale(scale)
-    if cu_seqlens_query is None or cu_seqlens_key is None:
-        return _attend(query, key, value, key_mask, normalization, scale)
-    sequences = zip(cut(cu_seqlens_query, query), cut(cu_seqlens_key, key, value, key_mask))
-    outputs = [_attend(q, k, v, mask, normalization, scale) for (q,), (k, v, mask) in sequences]
-    return torch.cat(outputs, dim=2)
+    scale = None if scale is None else check_scale(scale, query.dtype, power=2)
+    with without_autocast(query):
+        if cu_seqlens_query is None or cu_seqlens_key is None:
+            return _attend(query, key, value, key_mask, normalization, scale)
+        sequences = zip(cut(cu_seqlens_query, query), cut(cu_seqlens_key, key, value, key_mask))
+        outputs = [_attend(q, k, v, mask, normalization, scale) for (q,), (k, v, mask) in sequences]
+        return torch.cat(outputs, dim=2)
 
 
 def _attend(
@@ -89,10 +91,9 @@ def _attend(
     if normalization == "scaling":
         return _scaling(query, key, value, 1.0 if scale is None else scale, key_mask)
     logit_scale = query.shape[3] ** -0.5 if scale is None else scale**2
-    grouped = query.shape[1] != key.shape[1]
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=logit_scale, enable_gqa=grouped
-    )
+    # (A flag that is a symbol while tracing would not do.)
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    return scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=logit_scale, **grouped)
 
 
 def _scaling(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:

@@ -41,20 +41,26 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def nothing_looks_on(*tensors: Tensor) -> bool:
-    """Whether a call is seen by autograd alone: not traced, transformed, or under a mode that sees each operation."""
-    if is_traced() or torch._C._len_torch_dispatch_stack():  # pyright: ignore - private
+def may_overwrite(*tensors: Tensor) -> bool:
+    """Whether a formula may write over what it has just made: nothing else follows its operations.
+
+    They are followed where they are differentiated again, mapped by a transform, or seen by a mode, such as that of
+    selective activation checkpointing, which refuses that what it may keep is written to.
+    """
+    if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():  # pyright: ignore - private
         return False
-    return transform_of(*tensors) is None
+    functorch = torch._C._functorch  # pyright: ignore - private
+    return not any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)  # pyright: ignore - private
 
 
 def needs_gradients_alone(tensors: Sequence[Tensor]) -> bool:
-    """Whether gradients are wanted of dense tensors on the CPU, and nothing but autograd looks on."""
+    """Whether gradients are wanted of dense tensors on the CPU, by autograd and without a transform."""
     return (
         torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors)
         and all(type(tensor) in _PLAIN_TYPES and tensor.device.type == "cpu" for tensor in tensors)
-        and nothing_looks_on(*tensors)
+        and not is_traced()
+        and transform_of(*tensors) is None
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lineara.ops.linear.layout import softmax
-from lineara.ops.tracing import nothing_looks_on
+from lineara.ops.tracing import is_traced, may_overwrite, transform_of
 
 # Maps whose weights are divided by each query's own sum of weights, phi(q) . sum of phi(k).
 KernelMap = Literal["relu", "elu"]
@@ -72,9 +72,9 @@ def feature_map(name: str) -> Map:
 
 
 def _elu(x: Tensor) -> Tensor:
-    if nothing_looks_on(x):
-        return _Elu.apply(x)  # pyright: ignore[reportReturnType] - a tensor
-    return x.clamp_max(0.0).exp() + x.relu()
+    if is_traced() or transform_of(x):
+        return x.clamp_max(0.0).exp() + x.relu()
+    return _Elu.apply(x)  # pyright: ignore[reportReturnType] - a tensor
 
 
 class _Elu(torch.autograd.Function):
@@ -82,7 +82,8 @@ class _Elu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        weights = x.clamp_max(0.0).exp_().add_(x.relu())
+        negative, positive = x.clamp_max(0.0), x.relu()
+        weights = negative.exp_().add_(positive) if may_overwrite(x) else negative.exp() + positive
         ctx.save_for_backward(weights)
         return weights
 

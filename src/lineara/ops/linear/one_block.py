@@ -18,9 +18,10 @@ from torch.autograd import Function
 
 from lineara.ops.linear.feature_maps import Summary, feature_map
 from lineara.ops.linear.layout import product
-from lineara.ops.linear.reference import count_positions, finite_shift, quotient
+from lineara.ops.linear.reference import count_positions, finite_shift, position_maximum, quotient
 from lineara.ops.packed import Positions, Row, by_sequence, stacked
 from lineara.ops.precision import times_scale, widened, without_autocast
+from lineara.ops.tracing import may_overwrite
 
 FUSES_MEANS = False
 
@@ -65,9 +66,10 @@ class _Summarize(Function):
         if phi.has_maximum:
             if hidden is not None:
                 scaled = scaled.masked_fill(hidden, -torch.inf)
-            maximum = scaled.amax(dim=2)  # (B, H, K)
-            own = scaled if scaled is not key else None
-            weights = torch.sub(scaled, finite_shift(maximum)[:, :, None], out=own).exp_()  # (B, H, M, K)
+            maximum = position_maximum(scaled)  # (B, H, K)
+            own = _in_place(scaled) if scaled is not key else None
+            shifted = torch.sub(scaled, finite_shift(maximum)[:, :, None], out=own)
+            weights = torch.exp(shifted, out=_in_place(shifted))  # (B, H, M, K)
         else:
             weights = phi.of(scaled)
             maximum = weights.new_zeros((*key.shape[:2], key.shape[3]))
@@ -101,9 +103,9 @@ class _Summarize(Function):
                     wide = wide.masked_fill(hidden, 0.0)
                 grad_key = torch.zeros_like(weights) if grad_sum is None else product(wide, grad_sum.mT)
                 if grad_total is not None and not phi.counts_positions:
-                    grad_key.add_(grad_total[:, :, None])
+                    grad_key = torch.add(grad_key, grad_total[:, :, None], out=_in_place(grad_key, grad_total))
                 if grad_weights is not None:
-                    grad_key.add_(grad_weights)
+                    grad_key = torch.add(grad_key, grad_weights, out=_in_place(grad_key, grad_weights))
                 grad_key = phi.times_slope(grad_key, weights)
                 if ctx.scale != 1.0:
                     grad_key.mul_(ctx.scale)
@@ -134,7 +136,7 @@ class _Attend(Function):
         output = product(weights, quotient(weighted_sum, total) if phi.divides_context else weighted_sum)
         factor = _times_gate(None if phi.divides_context else _inverse(weights, total), gate)
         if factor is not None:
-            output.mul_(factor)
+            output = torch.mul(output, factor, out=_in_place(output))
         ctx.name, ctx.scale, ctx.dtype = name, scale, query.dtype
         ctx.save_for_backward(total, weighted_sum, gate, weights)
         ctx.set_materialize_grads(False)
@@ -172,7 +174,7 @@ class _Attend(Function):
                     grad_query = torch.addcmul(grad_query, apart, total[:, :, None], value=-1.0, out=own)
                     grad_total = (weighted.mT @ share)[..., 0].neg_()
             if grad_weights is not None:
-                grad_query = grad_weights.clone() if grad_query is None else grad_query.add_(grad_weights)
+                grad_query = grad_weights.clone() if grad_query is None else grad_query + grad_weights
             if grad_query is not None and ctx.needs_input_grad[0]:
                 if phi.has_maximum:
                     share = (grad_query * weights).sum(dim=3, keepdim=True)
@@ -197,6 +199,6 @@ def _times_gate(inverse: Tensor | None, gate: Tensor | None) -> Tensor | None:
     return gate[..., None] if inverse is None else inverse * gate[..., None]
 
 
-def _in_place(tensor: Tensor) -> Tensor | None:
-    """Where to write; None for a new tensor where this one is differentiated again."""
-    return None if torch.is_grad_enabled() else tensor
+def _in_place(tensor: Tensor, *others: Tensor) -> Tensor | None:
+    """Where to write what is made of the tensor and others: into it, or, for None, into a new one."""
+    return tensor if may_overwrite(tensor, *others) else None

@@ -123,7 +123,7 @@ def _fake_gradients_of_answers(
     grad_output: Tensor, query: Tensor, total: Tensor, weighted_sum: Tensor, gate: Tensor | None, *_: Any
 ):
     sums = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (total, weighted_sum))
-    return torch.empty_like(query), *sums, query.new_empty(0) if gate is None else torch.empty_like(gate)
+    return torch.empty_like(query), *sums, query.new_empty(0) if gate is None else gate.new_empty(gate.shape)
 
 
 def _save_query(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

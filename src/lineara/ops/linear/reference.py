@@ -32,7 +32,7 @@ def summarize(
     num_valid = count_positions(key, key_mask) if phi.counts_positions else None  # (B, H, K)
     key, value = _prepare(key, value, scale, key_mask, -torch.inf if phi.has_maximum else 0.0)
     if phi.has_maximum:
-        maximum = _position_maximum(key)  # (B, H, K)
+        maximum = position_maximum(key)  # (B, H, K)
         # (Not exp_: selective activation checkpointing refuses that a tensor it may keep is written to.)
         weights = (key - finite_shift(maximum)[:, :, None, :]).exp()  # (B, H, M, K)
     else:
@@ -73,7 +73,7 @@ def context_of(
     if not exact:
         return softmax(key, 2).mT @ value
     # The gradient of a NaN is NaN, so that the softmax of such a channel must not be one in the first place.
-    silent = (_position_maximum(key) == -torch.inf)[:, :, None, :]
+    silent = (position_maximum(key) == -torch.inf)[:, :, None, :]
     return softmax(key.masked_fill(silent, 0.0), 2).masked_fill(silent, 0.0).mT @ value
 
 
@@ -138,7 +138,7 @@ def count_positions(key: Tensor, key_mask: Tensor | None) -> Tensor:
     return key_mask.sum(dim=1).to(wide)[:, None, None].repeat(1, *shape[1:])
 
 
-def _position_maximum(key: Tensor) -> Tensor:
+def position_maximum(key: Tensor) -> Tensor:
     """The maximum over positions, -inf where there are none: (B, H, K). A shift that cancels: no gradient."""
     if key.shape[2] == 0:
         return key.new_full((key.shape[0], key.shape[1], key.shape[3]), -torch.inf)

@@ -1,24 +1,28 @@
 """How the GPU kernels cut their work: the tiles of a pass over positions, and the programs that share it.
 
-The sizes were chosen by what the compiler says when asked for an H200 (sm_90), not by time: everything fits into the
-shared memory of one multiprocessor, and registers are spilled by bfloat16 not at all up to 128 channels and by at most
-96 bytes a thread at 256; float16, whose backward passes scale rows, spills more from 128 channels on, float32, whose
-products are three on tensor cores, a little below and much beyond.
+The sizes were chosen by what the compiler makes of them (`benchmarks/kernel_counts.py`), not by time. Everything that
+"auto" admits fits into the shared memory of the device; up to 64 channels nothing of 16 bits spills registers.
 """
 
+from collections.abc import Iterator
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-# Of one program, eight warps and a multiprocessor: two programs where a pass maps positions one by one, one where every
-# program keeps sums of its own, which must be merged afterwards. Twice as many of four warps.
-_PROGRAMS = {"maps": 2, "sums": 1}
-# In Triton's interpreter, where every program costs milliseconds.
-_MULTIPROCESSORS_INTERPRETED = 6
 MOST_SPLITS = 256
+# A split of fewer blocks spends its time on beginning and ending.
+_LEAST_BLOCKS = 8
 
-Pass = Literal["summarize", "merge", "attend", "back", "context back"]
+Pass = Literal["summarize", "attend", "back", "context back", "summarize back"]
+
+
+class Device(NamedTuple):
+    """A GPU: its multiprocessors, and the bytes of shared memory that one of them has and one program can have."""
+
+    multiprocessors: int
+    shared: int
+    most_shared: int
 
 
 class Tiles(NamedTuple):
@@ -31,6 +35,7 @@ class Tiles(NamedTuple):
     v: int
     warps: int
     stages: int
+    shared: int  # bytes, at most
 
     @property
     def num_k(self) -> int:
@@ -40,27 +45,41 @@ class Tiles(NamedTuple):
     def num_v(self) -> int:
         return -(-self.value_dim // self.v)
 
-    def splits(self, device: torch.device, programs: int, length: int, kind: Literal["maps", "sums"]) -> int:
-        """Parts of every row's positions, so that all programs together fill the chip."""
-        wanted = _PROGRAMS[kind] * _multiprocessors(device) * 8 // self.warps
-        return max(1, min(-(-wanted // max(programs, 1)), -(-length // self.n), MOST_SPLITS))
+    def splits(self, device: torch.device, programs: int, length: int, most: int = MOST_SPLITS) -> int:
+        """Parts of every row's positions, so that all programs together keep the whole device busy for as long."""
+        on = describe(device)
+        # Registers hold 8 warps of any kernel here.
+        resident = max(1, min(8 // self.warps, on.shared // (self.shared + 1024)))
+        return _splits(programs, -(-length // self.n), on.multiprocessors * resident, most)
 
 
 @cache
-def tiles_of(what: Pass, key_dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of a pass.
+def _splits(programs: int, blocks: int, places: int, most: int) -> int:
+    """The number of splits at which the busiest place is done first, if to begin a split takes as long as a block."""
+    if programs == 0:
+        return 1
+    most = max(1, min(most, blocks // _LEAST_BLOCKS, -(-8 * places // programs)))
+    return min(range(1, most + 1), key=lambda splits: -(-programs * splits // places) * (1 - -blocks // splits))
 
-    `"back"` is over queries and output gradients, and, with the gradients of keys and values, over those: every
-    program sees all channels, of the keys at once. `"context back"` is over queries once more, for the gradient of the
-    context, where one pass cannot hold both (see `in_one_pass`).
+
+@cache
+def tiles_of(what: Pass, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """The tiles of a pass: the first of its candidates that fit into the device's shared memory.
+
+    `"back"` is over queries and output gradients: every program sees all key channels at once. `"context back"` is over
+    them once more, for the gradient of the context, where one pass cannot hold both (see `in_one_pass`).
     """
-    k, v = _power_of_2(key_dim), _power_of_2(value_dim)
-    if what == "merge":  # n splits of one key channel
-        return Tiles(key_dim, value_dim, 16, 1, v, 4, 1)
-    n, most_k, most_v, stages = (_tiles_of_float32 if dtype == torch.float32 else _tiles_of_16_bits)(what, k, v)
-    k, v = min(k, most_k), min(v, most_v)
-    warps = 4 if dtype != torch.float32 and max(k, v) <= 64 else 8
-    return Tiles(key_dim, value_dim, n, k, v, warps, stages)
+    k, v = (max(16, 1 << (width - 1).bit_length()) for width in (key_dim, value_dim))
+    candidates = _of_float32(what, k, v) if dtype == torch.float32 else _of_16_bits(what, k, v)
+    smallest = None
+    for n, most_k, most_v, warps, stages in candidates:
+        tile_k, tile_v = min(k, most_k), min(v, most_v)
+        shared = _shared(what, n, tile_k, tile_v, stages) * dtype.itemsize + 1024
+        smallest = Tiles(key_dim, value_dim, n, tile_k, tile_v, warps, stages, shared)
+        if shared <= describe(device).most_shared:
+            return smallest
+    assert smallest is not None, "every pass has candidates"
+    return smallest
 
 
 def in_one_pass(tiles: Tiles, dtype: torch.dtype) -> bool:
@@ -68,32 +87,64 @@ def in_one_pass(tiles: Tiles, dtype: torch.dtype) -> bool:
     return tiles.num_v == 1 and max(tiles.k, tiles.v) <= (64 if dtype == torch.float32 else 128)
 
 
-def _tiles_of_16_bits(what: Pass, k: int, v: int) -> tuple[int, int, int, int]:
+def _shared(what: Pass, n: int, k: int, v: int, stages: int) -> int:
+    """Numbers that a program keeps in shared memory: positions of all stages, factors of products, and the context."""
     if what == "summarize":
-        return 64, 128, 128, 3
+        return max(stages, 1) * n * (k + v)
     if what == "attend":
-        return 64, 512, 128 if k <= 256 else 64, 3 if k <= 128 else 2 if k == 256 else 1
+        return stages * n * k + k * v
     if what == "context back":
-        return 64 if k <= 256 else 32, 512, 128 if k <= 256 else 64, 1
-    if max(k, v) <= 256:
-        return 64, 256, 256, 3 if max(k, v) <= 128 else 1
-    return 64 if k <= 256 else 32, 512, 64, 1
+        return stages * n * (k + v) + n * k
+    return stages * n * (k + v) + k * v + (n * k if what == "summarize back" else 0)
 
 
-def _tiles_of_float32(what: Pass, k: int, v: int) -> tuple[int, int, int, int]:
+def _of_16_bits(what: Pass, k: int, v: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """Positions, most key and value channels of a tile, warps and stages; what is best first."""
+    widest = max(k, v)
     if what == "summarize":
-        return 32 if max(k, v) > 64 else 64, 128, 128, 2
-    if k <= 64:
-        return 64, 64, 64, 2
-    return (64, 256, 32, 1) if k <= 256 else (32, 512, 16, 1)
+        warps = 4 if widest <= 64 else 8
+        for n, stages in ((128, 3), (128, 2), (64, 3), (64, 2), (64, 1)):
+            yield n, 128, 128, warps, stages
+    elif what == "attend":
+        for most_v in (128, 64, 32):
+            for n, stages in ((64, 3), (64, 2), (64, 1), (32, 1), (16, 1)):
+                yield n, 512, most_v, 4 if widest <= 128 else 8, stages
+    else:
+        if widest <= 64:
+            for stages in (3, 2, 1):
+                yield 64, 64, 64, 4, stages
+        elif widest <= 128:
+            if what == "back":
+                yield 128, 128, 128, 8, 3
+                yield 128, 128, 128, 8, 2
+            for n, stages in ((64, 3), (64, 2), (64, 1), (32, 1)):
+                yield n, 128, 128, 8, stages
+        for most_v in (256, 128, 64, 32, 16):
+            if what != "context back" or most_v <= 128:
+                for n in (64, 32, 16):
+                    yield n, 512, most_v, 8, 1
 
 
-def _power_of_2(channels: int) -> int:
-    return max(16, 1 << (channels - 1).bit_length())
+def _of_float32(what: Pass, k: int, v: int) -> Iterator[tuple[int, int, int, int, int]]:
+    widest = max(k, v)
+    if what == "summarize":
+        for n, stages in ((64 if widest <= 64 else 32, 2), (32, 2), (32, 1), (16, 1)):
+            yield n, 128, 128, 8, stages
+    else:
+        if k <= 64:
+            yield 64, 64, 64, 8, 2
+            yield 64, 64, 64, 8, 1
+        for n, most_v in ((64, 32), (32, 32), (32, 16), (16, 16)):
+            yield n, 512, most_v, 8, 1
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def describe(device: torch.device) -> Device:
+    """What there is to share; in Triton's interpreter, where every program costs milliseconds, little."""
     if device.type != "cuda":
-        return _MULTIPROCESSORS_INTERPRETED
-    return torch.cuda.get_device_properties(device).multi_processor_count  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        return Device(6, 233472, 232448)
+    properties: Any = torch.cuda
+    found = properties.get_device_properties(device)
+    return Device(
+        found.multi_processor_count, found.shared_memory_per_multiprocessor, found.shared_memory_per_block_optin
+    )
