@@ -331,7 +331,10 @@ def test_what_cannot_be_an_input_is_refused_in_one_sentence(kind):
     layer, x = make(kind, dtype=torch.float32), torch.randn(2, 17, DIM)
     nested = torch.nested.nested_tensor([torch.randn(3, DIM), torch.randn(5, DIM)], layout=torch.jagged)
     for wrong, sentence in (
-        (nested, r"x must not be a nested tensor; .* x\.values\(\)\[None\] with cu_seqlens=x\.offsets\(\)$"),
+        (
+            nested,
+            r"x must not be a nested tensor; .* torch\.cat\(x\.unbind\(\)\)\[None\], and say where each .* with cu_seqlens$",
+        ),
         (x.tolist(), r"x must be a torch\.Tensor, got list$"),
         (x.long(), r"x must be float64, float32, bfloat16 or float16, got torch\.int64; convert it with x\.float\(\)$"),
         (x.cfloat(), r"x must be float64, .* got torch\.complex64; pass \.real and \.imag as channels$"),
@@ -340,7 +343,9 @@ def test_what_cannot_be_an_input_is_refused_in_one_sentence(kind):
             layer(wrong)
         with pytest.raises(TypeError, match=f"^{sentence.replace('x', 'context')[:20]}"):
             layer(x, wrong)
-    packed = layer(nested.values()[None], cu_seqlens=nested.offsets())  # what the sentence says does work
+    packed = layer(
+        torch.cat(nested.unbind())[None], cu_seqlens=torch.tensor([0, 3, 8])
+    )  # what the sentence says does work
     for part, alone in zip(packed[0].split([3, 5]), nested.unbind()):
         torch.testing.assert_close(part, layer(alone[None])[0])
 

@@ -74,7 +74,10 @@ def tiles_of(what: Pass, key_dim: int, value_dim: int, dtype: torch.dtype, devic
     smallest = None
     for n, most_k, most_v, warps, stages in candidates:
         tile_k, tile_v = min(k, most_k), min(v, most_v)
-        shared = _shared(what, n, tile_k, tile_v, stages) * dtype.itemsize + 1024
+        # (Of float32 the factors of products are kept in two parts.)
+        shared = _shared(what, n, tile_k, tile_v, stages) * (8 if dtype == torch.float32 else 2) + 1024
+        if what in ("back", "summarize back") and value_dim > tile_v:
+            shared += 4 * tile_k * tile_v  # a further tile of the context, in float32, before it is narrowed
         smallest = Tiles(key_dim, value_dim, n, tile_k, tile_v, warps, stages, shared)
         if shared <= describe(device).most_shared:
             return smallest
