@@ -34,7 +34,7 @@ SHAPES = ((32, 32768, 64), (32, 16384, 128), (1024, 1024, 64), (1, 65536, 256))
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU: its multiprocessors, their shared memory and that of one program in bytes, their warps, and bandwidth.
+    """A GPU: its multiprocessors, their shared memory and that of one program in bytes, and what else bounds them.
 
     The bandwidth is in bytes per multiprocessor and cycle: of an H200, 4.3 TB/s over 132 at 1.98 GHz.
     """
@@ -42,18 +42,19 @@ class Device:
     multiprocessors: int
     shared: int
     most_shared: int
+    major: int
     most_warps: int
     bytes_per_cycle: float
 
 
 # Numbers of NVIDIA's CUDA programming guide, and data sheets of an A100, A10, L4, H200, B200 and RTX 5090.
 DEVICES = {
-    "8.0": Device(108, 167936, 166912, 64, 10.2),
-    "8.6": Device(72, 102400, 101376, 48, 4.9),
-    "8.9": Device(58, 102400, 101376, 48, 2.5),
-    "9.0": Device(132, 233472, 232448, 64, 16.45),
-    "10.0": Device(148, 233472, 232448, 64, 25.0),
-    "12.0": Device(170, 102400, 101376, 48, 4.3),
+    "8.0": Device(108, 167936, 166912, 8, 64, 10.2),
+    "8.6": Device(72, 102400, 101376, 8, 48, 4.9),
+    "8.9": Device(58, 102400, 101376, 8, 48, 2.5),
+    "9.0": Device(132, 233472, 232448, 9, 64, 16.45),
+    "10.0": Device(148, 233472, 232448, 10, 64, 25.0),
+    "12.0": Device(170, 102400, 101376, 12, 48, 4.3),
 }
 
 
@@ -101,20 +102,25 @@ def launches(call: Callable[[], object]) -> list[Launch]:
 
 
 def calls(
-    rows: int, positions: int, channels: int, dtype: torch.dtype, feature_map: str
+    rows: int, positions: int, channels: int, dtype: torch.dtype, feature_map: str, *, everything: bool = False
 ) -> dict[str, Callable[[], Any]]:
-    """The four passes on tensors without memory."""
-    x = torch.empty((1, rows, positions, channels), dtype=dtype, device="meta")
-    total = torch.empty((1, rows, channels), device="meta")
-    weighted_sum = torch.empty((1, rows, channels, channels), device="meta")
-    options = (feature_map, 1.0)
+    """The four passes on tensors without memory; with `everything` also a mask, a gate and packed sequences."""
+
+    def empty(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    x = empty(1, rows, positions, channels, kind=dtype)
+    mask = gate = starts = None
+    if everything:
+        mask, gate = empty(1, positions, kind=torch.bool), empty(1, rows, positions, kind=dtype)
+        starts = empty(2, kind=torch.int64)
+    total, weighted_sum = empty(1, rows, channels), empty(1, rows, channels, channels)
+    sums, keys, options = (total, weighted_sum), (x, x, mask, starts), (feature_map, 1.0)
     return {
-        "summarize": lambda: triton_kernels.summarize(x, x, None, None, *options),
-        "attend": lambda: triton_kernels.attend(x, total, weighted_sum, None, None, *options),
-        "attend backward": lambda: triton_kernels.attend_backward(x, x, total, weighted_sum, None, None, *options),
-        "summarize backward": lambda: triton_kernels.summarize_backward(
-            total, weighted_sum, x, x, None, None, total, *options
-        ),
+        "summarize": lambda: triton_kernels.summarize(*keys, *options),
+        "attend": lambda: triton_kernels.attend(x, *sums, gate, starts, *options),
+        "attend backward": lambda: triton_kernels.attend_backward(x, x, *sums, gate, starts, *options),
+        "summarize backward": lambda: triton_kernels.summarize_backward(*sums, *keys, total, *options),
     }
 
 
@@ -142,7 +148,13 @@ def compiled(launch: Launch, capability: str) -> Any:
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8"}
+_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.uint8: "u8",
+    torch.int64: "i64",
+}
 
 
 def counted(launch: Launch, capability: str) -> Counts:
@@ -155,7 +167,7 @@ def counted(launch: Launch, capability: str) -> Counts:
         code = _tool("nvdisasm", "-c", file.name)
     return Counts(
         instructions_of_loop(code, launch.options.get("TILES_V", 1)),
-        launch.options["num_warps"],
+        launch.options.get("num_warps", 4),
         int(re.search(r"REG:(\d+)", usage)[1]),
         int(re.search(r"LOCAL:(\d+)", usage)[1]) + int(re.search(r"STACK:(\d+)", usage)[1]),
         kernel.metadata.shared,
@@ -203,6 +215,12 @@ def balance(programs: int, blocks_of_row: int, splits: int, multiprocessors: int
     return programs // splits * blocks_of_row / (busiest * multiprocessors)
 
 
+def pretend(device: Device) -> None:
+    """Let the launchers cut their work for this device."""
+    tiles.describe = lambda _: device
+    tiles.tiles_of.cache_clear()
+
+
 def rows_of_table(capability: str, dtype_name: str, widths: list[int], feature_map: str) -> Iterator[str]:
     device, dtype = DEVICES[capability], DTYPES[dtype_name]
     for width in widths:
@@ -220,10 +238,11 @@ def rows_of_table(capability: str, dtype_name: str, widths: list[int], feature_m
                 moved = block * traffic(name, width, dtype) * (1 if of_query else 2 / 3)
                 issued = counts.instructions * counts.warps * shared_by
                 share = issued / (4 * moved / device.bytes_per_cycle)
+                which = f"{name}{_part(of_query, of_context)}"
                 yield (
-                    f"| {width} | {dtype_name} | {name}{_part(of_query, of_context)} | {block} | {counts.instructions} | "
-                    f"{issued / moved:.2f} | {share:.0%} | {counts.registers} | {counts.spilled} | "
-                    f"{counts.shared:,} | {counts.resident(device)} |"
+                    f"| {width} | {dtype_name} | {which} | {block} | {counts.instructions} | {issued / moved:.2f} | "
+                    f"{share:.0%} | {counts.registers} | {counts.spilled} | {counts.shared:,} | "
+                    f"{counts.resident(device)} |"
                 )
 
 
@@ -253,7 +272,7 @@ def main() -> None:
     parser.add_argument("--feature_map", choices=("softmax", "identity", "relu", "elu"), default="softmax")
     options = parser.parse_args()
     device = DEVICES[options.capability]
-    tiles.describe = lambda _: device  # the launchers ask for the device they cut their work for
+    pretend(device)
     print(f"# The GPU kernels by the compiler's count, compute capability {options.capability}\n")
     print(f"{options.feature_map}; compiled by Triton {triton.__version__}, not run. {environment(REPOSITORY)}\n")
     print("| channels | dtype | pass | positions of a block | instructions of a warp per block | per byte | ", end="")

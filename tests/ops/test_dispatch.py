@@ -95,10 +95,10 @@ def test_wrong_questions_are_named():
 def on_a_gpu(monkeypatch):
     """Tensors that say that they lie on a GPU, of a capability that a test chooses."""
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr("lineara.ops.dispatch.find_spec", lambda name: object())
+    monkeypatch.setattr("lineara.ops.dispatch._knobs", object)
 
     def tensors(*shape_and_dtype, capability=(9, 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr("lineara.ops.dispatch._capability", lambda index: capability)
         *shape, dtype = shape_and_dtype
         with FakeTensorMode():
             return [torch.empty(*shape, dtype=dtype, device="cuda") for _ in range(3)]
@@ -130,7 +130,7 @@ def test_a_gpu_of_amd_and_a_missing_package_leave_the_reference(on_a_gpu, monkey
     tensors = on_a_gpu(2, 3, 7, 64, torch.bfloat16)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "an NVIDIA GPU, got one of AMD" in explain_implementation(*tensors)
-    monkeypatch.setattr("lineara.ops.dispatch.find_spec", lambda name: None)
+    monkeypatch.setattr("lineara.ops.dispatch._knobs", lambda: None)
     assert "the package triton, which is not installed" in explain_implementation(*tensors)
 
 

@@ -4,7 +4,9 @@
 falls back to another one.
 """
 
+import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -68,7 +70,8 @@ def means_of(implementation: str, *tensors: Tensor) -> ModuleType:
     """The module that computes: for "auto", which a compiled graph leaves open, by size."""
     if implementation == "auto":
         implementation = "streaming" if _is_large(_seen(*tensors)) else "reference"
-    return import_module(_MODULES[implementation])
+    name = _MODULES[implementation]
+    return sys.modules.get(name) or import_module(name)
 
 
 def explain_implementation(query: Tensor, key: Tensor, value: Tensor, *, operation: str = "efficient_attention") -> str:
@@ -78,8 +81,10 @@ def explain_implementation(query: Tensor, key: Tensor, value: Tensor, *, operati
         query: the query that the operation would be given, (batch, heads, query positions, key channels).
         key: the key likewise, (batch, heads, key positions, key channels).
         value: the value likewise, (batch, heads, key positions, value channels).
-        operation: the name of the operation, `"efficient_attention"` (also for the three operations on its context),
-            `"kernel_attention"`, `"multiresolution_attention"` or `"softmax_attention"`.
+        operation: the name of the operation, `"efficient_attention"`, `"kernel_attention"`,
+            `"multiresolution_attention"` or `"softmax_attention"`. (Functions of a context follow the same rule for the
+            tensors that they are given; under forward-mode differentiation of a gate or of weights of windows alone,
+            which are not given here, the reference runs.)
 
     Returns:
         One sentence that begins with the implementation's name, such as `"streaming: ..."`.
@@ -168,18 +173,27 @@ def _obstacle(query: Tensor, value: Tensor) -> str | None:
 
 def _lacking_on(device_type: str, index: int | None) -> str | None:
     """What a device lacks."""
-    if find_spec("triton") is None:
+    if (knobs := _knobs()) is None:
         return "the package triton, which is not installed"
-    knobs: Any = import_module("triton.knobs")
     if device_type == "cpu" and knobs.runtime.interpret:
         return None
     if device_type != "cuda":
         return f"CUDA tensors, got {device_type}"
     if torch.version.hip is not None:
         return "an NVIDIA GPU, got one of AMD"
-    if (capability := torch.cuda.get_device_capability(index)) < (8, 0):
+    if (capability := _capability(index)) < (8, 0):
         return "a GPU of compute capability 8.0 or newer, got {}.{}".format(*capability)
     return None
+
+
+@cache
+def _knobs() -> Any:
+    return None if find_spec("triton") is None else import_module("triton.knobs")
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 # What torch.compiler.assume_constant_result does, which takes a second to import.

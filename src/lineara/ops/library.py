@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from lineara.ops.tracing import nothing_looks_on
+
 LIBRARY = Library("lineara", "FRAGMENT")
 
 
@@ -35,6 +37,11 @@ def define(
         backward, save = gradients
         torch.library.register_autograd(f"lineara::{name}", backward, setup_context=save, lib=LIBRARY)
     return getattr(torch.ops.lineara, name).default
+
+
+def run(operator: Any, compute: Callable[..., Any], *arguments: Any) -> Any:
+    """What the operator gives: by its arithmetic where nothing looks on, since to call an operator takes 15 us."""
+    return compute(*arguments) if nothing_looks_on(arguments) else operator(*arguments)
 
 
 def reference_gradients(

@@ -163,6 +163,11 @@ def _checked_shape(key_shape: Sequence[int] | None, key: Tensor) -> tuple[int, .
         return (key.shape[2],)
     if not isinstance(key_shape, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"key_shape must be a sequence of integers, got {key_shape!r}")
+    if any(isinstance(size, Tensor) for size in key_shape):  # as torch.jit.trace has sizes
+        raise TypeError(
+            "each size of key_shape must be an integer, got a tensor; torch.jit.trace would keep its number: use "
+            "torch.export"
+        )
     sizes = tuple(check_integer("each size of key_shape", size, least=None) for size in key_shape)
     if not sizes or min(sizes) < 0 or math.prod(sizes) != key.shape[2]:
         raise ValueError(

@@ -1,5 +1,7 @@
 """The public door of exact dot-product attention, the quadratic baseline."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,6 +17,7 @@ from lineara.ops.checks import (
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.packed import cut
 from lineara.ops.precision import accumulation_dtype, as_autocast, without_autocast
+from lineara.ops.tracing import transform_of
 
 
 def softmax_attention(
@@ -59,6 +62,8 @@ def softmax_attention(
         ValueError: for shapes or devices that do not fit, or an unknown `normalization` or `impl`.
         TypeError: for dtypes that differ or are not floating point, or a mask that is not boolean.
 
+    Gradients of gradients are supported under `"scaling"`; otherwise on the CPU torch's kernels have none.
+
     Cost: O(N M (K + V)) time. Memory O(N M) under `"scaling"` and where torch has no fused kernel for the inputs.
 
     Source: Vaswani et al., "Attention Is All You Need", NeurIPS 2017, arXiv 1706.03762, equation 1; the scaling form is
@@ -87,13 +92,20 @@ def _attend(
         # An item without a valid position attends to the zeros that stand in its place, so no softmax is empty.
         attention_mask = (key_mask | ~key_mask.any(dim=1, keepdim=True))[:, None, None, :]  # (B, 1, 1, M)
     if key.shape[2] == 0:
-        return query.new_zeros((*query.shape[:3], value.shape[3])) + 0.0 * (query.sum() + key.sum() + value.sum())
+        nothing = query[:, :, :0].sum() + key.sum() + value.sum()  # 0, with gradients
+        return query.new_zeros((*query.shape[:3], value.shape[3])) + nothing
     if normalization == "scaling":
         return _scaling(query, key, value, 1.0 if scale is None else scale, key_mask)
     logit_scale = query.shape[3] ** -0.5 if scale is None else scale**2
     # (A flag that is a symbol while tracing would not do.)
     grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    return scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=logit_scale, **grouped)
+    call = partial(scaled_dot_product_attention, attn_mask=attention_mask, scale=logit_scale, **grouped)
+    if not transform_of(query, key, value):
+        return call(query, key, value)
+    from torch.nn.attention import SDPBackend, sdpa_kernel  # here, because its import takes a while
+
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no derivatives of this kind
+        return call(query, key, value)
 
 
 def _scaling(query: Tensor, key: Tensor, value: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:

@@ -53,6 +53,18 @@ def may_overwrite(*tensors: Tensor) -> bool:
     return not any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)  # pyright: ignore - private
 
 
+def nothing_looks_on(arguments: Sequence[object]) -> bool:
+    """Whether nobody would notice if an operator's arithmetic ran without the operator."""
+    if is_traced() or torch._C._len_torch_dispatch_stack():  # pyright: ignore - private
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:  # pyright: ignore - private
+        return False
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    return all(type(tensor) in _PLAIN_TYPES and (tensor.is_cpu or tensor.is_cuda) for tensor in tensors)
+
+
 def needs_gradients_alone(tensors: Sequence[Tensor]) -> bool:
     """Whether gradients are wanted of dense tensors on the CPU, by autograd and without a transform."""
     return (

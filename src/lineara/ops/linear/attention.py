@@ -7,6 +7,7 @@ Every public operation of linear attention is this one, under a feature map and 
 
 from torch import Tensor
 
+from lineara.ops import library
 from lineara.ops.dispatch import choose_implementation
 from lineara.ops.linear import one_block, operators, reference, shards, windows
 from lineara.ops.linear.feature_maps import Summary, feature_map
@@ -51,7 +52,7 @@ def summarize(implementation: str, keys: Keys, grid: Windows, name: str, scale: 
         return run(*arguments, group_name)
     if implementation in _DIFFERENTIATED:
         return windows.summarize(_DIFFERENTIATED[implementation], keys, grid, name, scale)
-    return operators.SUMMARIZE(*arguments)
+    return library.run(operators.SUMMARIZE, operators.summarize, *arguments)
 
 
 def attend(
@@ -74,4 +75,5 @@ def attend(
     assert total is not None, "only the reference divides before"
     if implementation == "one block":
         return one_block.attend(query, total, weighted_sum, gate, cu_seqlens, name, scale)
-    return operators.ATTEND(query, total, weighted_sum, gate, cu_seqlens, name, scale, implementation)
+    arguments = query, total, weighted_sum, gate, cu_seqlens, name, scale, implementation
+    return library.run(operators.ATTEND, operators.attend, *arguments)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lineara.ops.dispatch import means_of
 from lineara.ops.flops import count_flops, num_windows, products
-from lineara.ops.library import define, reference_gradients
+from lineara.ops.library import define, reference_gradients, run
 from lineara.ops.linear import reference, streaming, windows
 from lineara.ops.linear.blocks import empty_like_query
 from lineara.ops.linear.feature_maps import Summary
@@ -44,7 +44,7 @@ def summarize(*arguments: Any) -> Summary:
     return maximum.contiguous(), *sums  # pyright: ignore[reportReturnType] - there are two
 
 
-def _summarize_backward(grad_total: Tensor, grad_weighted_sum: Tensor, maximum: Tensor, *arguments: Any):
+def summarize_backward(grad_total: Tensor, grad_weighted_sum: Tensor, maximum: Tensor, *arguments: Any):
     keys, name, scale, grid, impl = of_summary(arguments)
     means = in_blocks(means_of(impl, keys.key, keys.value))
     given = windows.summarize_backward(means, grad_total, grad_weighted_sum, keys, maximum, grid, name, scale)
@@ -75,14 +75,19 @@ def save_summary(ctx: Any, inputs: tuple[Any, ...], output: Summary) -> None:
     ctx.mark_non_differentiable(output[0])
 
 
-def summary_gradients(compute: Callable[..., Summary], backward: Callable[[], Any]) -> Callable[..., Any]:
-    """The backward function of an operator that computes a summary, given the operator of its backward pass."""
+def summary_gradients(
+    compute: Callable[..., Summary], backward: Callable[[], tuple[Any, Callable[..., Any]]]
+) -> Callable[..., Any]:
+    """The backward function of an operator that computes a summary, given that of its own backward pass.
+
+    That is the operator, and what it computes.
+    """
 
     def gradients(ctx: Any, _: Tensor, *grads: Tensor):
         key, value, key_mask, cu_seqlens, *weights, maximum = ctx.saved_tensors
         if not torch.is_grad_enabled():
             inputs = key, value, key_mask, cu_seqlens, *weights, *ctx.options
-            found = list(backward()(*grads, maximum, *inputs))
+            found = list(run(*backward(), *grads, maximum, *inputs))
         else:
             name, scale, resolutions, key_shape, compression, _, *group = ctx.options
             options = name, scale, resolutions, key_shape, compression, "reference", *group
@@ -101,7 +106,7 @@ def summary_gradients(compute: Callable[..., Summary], backward: Callable[[], An
 # Queries to answers.
 
 
-def _attend(*arguments: Any) -> Tensor:
+def attend(*arguments: Any) -> Tensor:
     *inputs, impl = arguments
     means = means_of(impl, arguments[0])
     output = means.attend(*inputs)
@@ -109,7 +114,7 @@ def _attend(*arguments: Any) -> Tensor:
     return empty_like_query(arguments[0], output.shape[3]).copy_(output) if means is reference else output
 
 
-def _attend_backward(grad_output: Tensor, *arguments: Any):
+def attend_backward(grad_output: Tensor, *arguments: Any):
     *inputs, impl = arguments
     *given, grad_gate = in_blocks(means_of(impl, arguments[0])).attend_backward(grad_output, *inputs)
     return *given, arguments[0].new_empty(0) if grad_gate is None else grad_gate
@@ -141,7 +146,7 @@ def _gradients_of_answers(ctx: Any, grad_output: Tensor):
 
         given = reference_gradients(forward, there, [grad_output])
     else:
-        given = ATTEND_BACKWARD(grad_output, *tensors, cu_seqlens, *ctx.options)
+        given = run(ATTEND_BACKWARD, attend_backward, grad_output, *tensors, cu_seqlens, *ctx.options)
     return *given[:3], None if tensors[3] is None else given[3], None, *((None,) * len(ctx.options))
 
 
@@ -158,19 +163,19 @@ SUMMARIZE = define(
     f"summarize({KEYS}, {MAP}, {WINDOWS}, str impl) -> {SUMMARY}",
     summarize,
     fake_summary,
-    (summary_gradients(summarize, lambda: SUMMARIZE_BACKWARD), save_summary),
+    (summary_gradients(summarize, lambda: (SUMMARIZE_BACKWARD, summarize_backward)), save_summary),
 )
 SUMMARIZE_BACKWARD = define(
     f"summarize_backward({GRADS}, {KEYS}, {MAP}, {WINDOWS}, str impl) -> {FOUR}",
-    _summarize_backward,
+    summarize_backward,
     fake_summary_gradients,
 )
 ATTEND = define(
-    f"attend({_QUERY}, {MAP}, str impl) -> Tensor", _attend, _fake_answers, (_gradients_of_answers, _save_query)
+    f"attend({_QUERY}, {MAP}, str impl) -> Tensor", attend, _fake_answers, (_gradients_of_answers, _save_query)
 )
 ATTEND_BACKWARD = define(
     f"attend_backward(Tensor grad_output, {_QUERY}, {MAP}, str impl) -> {FOUR}",
-    _attend_backward,
+    attend_backward,
     _fake_gradients_of_answers,
 )
 register_autocast("summarize", SUMMARIZE, (0, 1, 4, 5))

@@ -13,6 +13,7 @@ from lineara.ops.linear.feature_maps import Summary, feature_map
 from lineara.ops.linear.layout import product, softmax
 from lineara.ops.packed import Positions, Row, by_sequence, stacked
 from lineara.ops.precision import accumulation_dtype, times_scale, widened
+from lineara.ops.tracing import transform_of
 
 # Whether `summarize` takes a `window`, and compresses by means itself.
 FUSES_MEANS = False
@@ -67,8 +68,8 @@ def context_of(
     hidden = None if key_mask is None else ~key_mask[:, None, :, None]  # (B, 1, M, 1)
     if hidden is not None:
         key = key.masked_fill(hidden, -torch.inf)
-        # (A gradient may meet 0 times what overflows.)
-        if exact or value.requires_grad or key.requires_grad:
+        # (A gradient may meet 0 times what overflows, and a tangent may be anything.)
+        if exact or value.requires_grad or key.requires_grad or transform_of(key, value):
             value = value.masked_fill(hidden, 0.0)
     if not exact:
         return softmax(key, 2).mT @ value

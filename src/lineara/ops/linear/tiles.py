@@ -18,11 +18,12 @@ Pass = Literal["summarize", "attend", "back", "context back", "summarize back"]
 
 
 class Device(NamedTuple):
-    """A GPU: its multiprocessors, and the bytes of shared memory that one of them has and one program can have."""
+    """A GPU: its multiprocessors, the bytes of shared memory that one of them has and one program can have, its age."""
 
     multiprocessors: int
     shared: int
     most_shared: int
+    major: int  # of its compute capability
 
 
 class Tiles(NamedTuple):
@@ -78,6 +79,8 @@ def tiles_of(what: Pass, key_dim: int, value_dim: int, dtype: torch.dtype, devic
         shared = _shared(what, n, tile_k, tile_v, stages) * (8 if dtype == torch.float32 else 2) + 1024
         if what in ("back", "summarize back") and value_dim > tile_v:
             shared += 4 * tile_k * tile_v  # a further tile of the context, in float32, before it is narrowed
+        if what == "summarize back" and describe(device).major not in (9, 10):
+            shared += dtype.itemsize * tile_k * tile_v  # the context once more, transposed
         smallest = Tiles(key_dim, value_dim, n, tile_k, tile_v, warps, stages, shared)
         if shared <= describe(device).most_shared:
             return smallest
@@ -122,10 +125,9 @@ def _of_16_bits(what: Pass, k: int, v: int) -> Iterator[tuple[int, int, int, int
                 yield 128, 128, 128, 8, 2
             for n, stages in ((64, 3), (64, 2), (64, 1), (32, 1)):
                 yield n, 128, 128, 8, stages
-        for most_v in (256, 128, 64, 32, 16):
+        for n, most_v in ((64, 256), (64, 128), (64, 64), (32, 64), (32, 32), (16, 32), (16, 16)):
             if what != "context back" or most_v <= 128:
-                for n in (64, 32, 16):
-                    yield n, 512, most_v, 8, 1
+                yield n, 512, most_v, 8, 1
 
 
 def _of_float32(what: Pass, k: int, v: int) -> Iterator[tuple[int, int, int, int, int]]:
@@ -145,9 +147,12 @@ def _of_float32(what: Pass, k: int, v: int) -> Iterator[tuple[int, int, int, int
 def describe(device: torch.device) -> Device:
     """What there is to share; in Triton's interpreter, where every program costs milliseconds, little."""
     if device.type != "cuda":
-        return Device(6, 233472, 232448)
+        return Device(6, 233472, 232448, 9)
     properties: Any = torch.cuda
     found = properties.get_device_properties(device)
     return Device(
-        found.multi_processor_count, found.shared_memory_per_multiprocessor, found.shared_memory_per_block_optin
+        found.multi_processor_count,
+        found.shared_memory_per_multiprocessor,
+        found.shared_memory_per_block_optin,
+        found.major,
     )

@@ -55,10 +55,10 @@ def _row_and_split(tiles_1, tiles_2, num_splits):
 def _segment(cu_seqlens, item, num_positions, PACKED: tl.constexpr):
     """The batch index, first position and number of positions of an item; never outside the tensor."""
     if PACKED:
-        # (Clamped before they are narrowed: they may be int64 and hold anything.)
-        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + item).to(tl.int64), 0), num_positions).to(tl.int32)
-        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + item + 1).to(tl.int64), 0), num_positions).to(tl.int32)
-        return item * 0, start, tl.maximum(end - start, 0)
+        # (Clamped as they are, before anything is narrowed: they may be int64 and hold anything.)
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens + item).to(tl.int64), 0), num_positions)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + item + 1).to(tl.int64), 0), num_positions)
+        return item * 0, start, tl.maximum(end - start, 0).to(tl.int32)
     return item, item * 0, num_positions
 
 
@@ -204,9 +204,10 @@ def _query_weights(q, scale, real, total, FEATURES: tl.constexpr, NEGATIVE: tl.c
     x = q.to(tl.float32)
     if FEATURES == "softmax":
         scale *= _LOG2_E
+        padded = x
         if real.shape[1] != 1:
-            x = tl.where(real, x, float("inf") if NEGATIVE else float("-inf"))
-        weights = tl.exp2(_times_minus(x, scale, (_largest(x, 1, NEGATIVE) * scale)[:, None]))
+            padded = tl.where(real, x, float("inf") if NEGATIVE else float("-inf"))
+        weights = tl.exp2(_times_minus(x, scale, (_largest(padded, 1, NEGATIVE) * scale)[:, None]))
         if real.shape[1] != 1:
             weights = tl.where(real, weights, 0.0)
         return weights, 1.0 / tl.sum(weights, axis=1)
@@ -290,16 +291,18 @@ def _summarize_block(
     if FEATURES == "softmax":
         nothing: tl.constexpr = float("inf") if NEGATIVE else float("-inf")
         scale *= _LOG2_E
+        seen = x
         if PART:
-            x = tl.where(exists[:, None], x, nothing)
-        largest = _largest(x, 0, NEGATIVE)
+            seen = tl.where(exists[:, None], x, nothing)
+        largest = _largest(seen, 0, NEGATIVE)
         new_m = tl.minimum(m, largest) if NEGATIVE else tl.maximum(m, largest)
-        # A channel without positions so far has an infinite one, and inf - inf must not arise.
-        shift = tl.where(new_m == nothing, 0.0, new_m * scale)
+        # A channel without positions so far has an infinite one: neither inf - inf nor 0 * inf must arise.
+        shift = tl.where(new_m == nothing, 0.0, new_m) * scale
         weights = tl.exp2(_times_minus(x, scale, shift[None, :]))
         if PART:
             weights = tl.where(exists[:, None], weights, 0.0)
-        kept = tl.where(m == nothing, 0.0, tl.exp2(_times_minus(m, scale, shift)))
+        is_first = m == nothing
+        kept = tl.where(is_first, 0.0, tl.exp2(_times_minus(tl.where(is_first, 0.0, m), scale, shift)))
         m = new_m
         s = s * kept + tl.sum(weights, axis=0)
         narrow = tl.trans(weights.to(value.dtype.element_ty))
@@ -361,7 +364,7 @@ def _summarize_kernel(
     partial = row * num_splits + split
     if tile_v == 0:
         if FEATURES == "softmax":
-            m = tl.where(m == nothing, float("-inf"), m * scale)
+            m = tl.where(m == nothing, float("-inf"), tl.where(m == nothing, 0.0, m) * scale)
         tl.store(maximum + partial * K + channels, m, mask=channels < K)
         tl.store(total + partial * K + channels, s, mask=channels < K)
     _put(weighted_sum + partial * K * V, channels, V, columns, 1, S, (channels < K)[:, None] & (columns < V)[None, :])
