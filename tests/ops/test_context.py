@@ -124,3 +124,25 @@ def test_wrong_calls_are_named():
         summarize_context(key[:, :, :30], value)
     with pytest.raises(ValueError, match="impl must be one of"):
         attend_context(query, softmax, impl="none")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"normalization": "foo"},
+        {"total": None},
+        {"total": torch.ones(1, 1, 3)},
+        {"maximum": torch.ones(1, 1, 4, dtype=torch.float64)},
+        {"weighted_sum": torch.ones(1, 1, 5, 4)},
+        {"scale": float("nan")},
+    ],
+    ids=str,
+)
+def test_a_summary_that_was_changed_is_refused(changed):
+    x = torch.randn(1, 1, 6, 4)
+    context = summarize_context(x, x)
+    pattern = "^(the tensors of a context must have the shapes|normalization must be one of|scale must be finite)"
+    with pytest.raises(ValueError, match=pattern):
+        attend_context(x, context._replace(**changed))
+    with pytest.raises(ValueError, match=pattern):
+        merge_contexts(context, context._replace(**changed))

@@ -1,9 +1,12 @@
 """Efficient attention: what it means, and that every implementation means it."""
 
+from fractions import Fraction
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from lineara.ops import efficient_attention, softmax_attention
 
@@ -351,3 +354,32 @@ def test_dtypes_and_devices_that_do_not_fit_are_named():
 def test_a_scale_that_is_no_number_is_refused(scale, error, message):
     with pytest.raises(error, match=message):
         efficient_attention(*tensors(), scale=scale)
+
+
+@pytest.mark.parametrize("scale", [10**400, Fraction(10**400), np.float64("inf"), 1e39, np.str_("a"), np.complex64(1)])
+def test_scales_that_are_no_finite_number_of_the_sums_are_refused(scale):
+    x = torch.zeros(1, 1, 2, 4)
+    with pytest.raises((ValueError, TypeError), match=r"^scale must be (finite|at most 3\.403e\+38|a number)"):
+        efficient_attention(x, x, x, scale=scale)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_masks_and_packing_that_are_not_dense_are_refused():
+    x, mask = torch.zeros(1, 1, 2, 4), torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(TypeError, match=r"^key_mask must be a dense tensor, got torch\.sparse_coo; convert it with"):
+        efficient_attention(x, x, x, key_mask=mask.to_sparse())
+    with pytest.raises(TypeError, match=r"^key_mask must not be a nested tensor; pad it"):
+        efficient_attention(x, x, x, key_mask=torch.nested.nested_tensor([mask[0]]))
+    starts = torch.tensor([0, 2]).to_sparse()
+    with pytest.raises(TypeError, match=r"^cu_seqlens_query must be a dense tensor"):
+        efficient_attention(x, x, x, cu_seqlens_query=starts, cu_seqlens_key=starts)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_what_a_masked_position_holds_reaches_no_tangent():
+    query, key, value = (torch.randn(1, 1, 5, 4) for _ in range(3))
+    mask = torch.tensor([[True, True, True, False, False]])
+    tangent = torch.ones_like(value).masked_fill(~mask[:, None, :, None], torch.nan)
+    with forward_ad.dual_level():
+        output = efficient_attention(query, key, forward_ad.make_dual(value, tangent), key_mask=mask)
+        assert not forward_ad.unpack_dual(output).tangent.isnan().any()

@@ -51,6 +51,7 @@ def test_nothing_is_imported_for_it_and_a_later_import_counts():
     program = (
         "import sys, torch; from lineara.ops import attend_context, summarize_context\n"
         "assert not {'triton', 'torch.utils.flop_counter'} & set(sys.modules)\n"
+        "import importlib.util; importlib.util.find_spec('torch.utils.flop_counter')\n"
         "from torch.utils.flop_counter import FlopCounterMode\n"
         "key = torch.randn(1, 1, 13, 5)\n"
         "with FlopCounterMode(display=False) as counter: summarize_context(key, key)\n"

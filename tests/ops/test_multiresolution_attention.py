@@ -517,3 +517,14 @@ def test_half_precision_keeps_its_digits_over_many_positions(impl):
 def test_options_that_do_not_fit_are_named(options, error, message):
     with pytest.raises(error, match=message):
         multiresolution_attention(*tensors(), **{"resolutions": RESOLUTIONS} | options)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace")
+def test_a_grid_that_would_be_traced_as_a_number_is_refused():
+    x = torch.randn(1, 1, 12, 4)
+
+    def call(image):
+        return multiresolution_attention(x, x, x, resolutions=[2], key_shape=image.shape)
+
+    with pytest.raises(TypeError, match=r"^each size of key_shape must be an integer, got a tensor; .* torch\.export$"):
+        torch.jit.trace(call, torch.randn(3, 4), check_trace=False)

@@ -117,3 +117,42 @@ def test_wrong_calls_are_named():
         softmax_attention(query, key, value[:, :, :12])
     with pytest.raises(TypeError, match=r"key_mask must be boolean"):
         softmax_attention(query, key, value, key_mask=torch.ones(2, 13))
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+def test_no_keys_give_zeros_whatever_the_queries_hold(normalization):
+    query = torch.full((1, 1, 40, 8), 3e38, requires_grad=True)
+    nothing = query[:, :, :0]
+    output = softmax_attention(query, nothing, nothing, normalization=normalization)
+    assert not output.any()
+    assert not torch.autograd.grad(output.sum(), query)[0].any()
+    starts = {"cu_seqlens_query": torch.tensor([0, 20, 40]), "cu_seqlens_key": torch.tensor([0, 0, 40])}
+    packed = softmax_attention(query, torch.zeros_like(query), torch.ones_like(query), **starts)
+    assert not packed[:, :, :20].any()
+    assert packed[:, :, 20:].all()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_transforms_and_tangents_of_equal_widths():
+    inputs = tuple(torch.randn(1, 2, 6, 4, dtype=torch.float64) for _ in range(3))
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    step = 1e-6
+    _, given = torch.func.jvp(softmax_attention, inputs, tangents)
+    ahead, back = (softmax_attention(*(x + sign * step * t for x, t in zip(inputs, tangents))) for sign in (1.0, -1.0))
+    torch.testing.assert_close(given, (ahead - back) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+def test_autocast_gives_its_dtype_and_keeps_wide_sums():
+    query, key, value = (torch.randn(1, 2, 100, 16) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        for normalization in ("softmax", "scaling"):
+            assert softmax_attention(query, key, value, normalization=normalization).dtype == torch.bfloat16
+        given = softmax_attention(query, key, value, normalization="scaling")
+    narrow = [x.bfloat16() for x in (query, key, value)]
+    assert torch.equal(given, softmax_attention(*narrow, normalization="scaling"))
+
+
+def test_a_scale_whose_square_is_not_finite_is_refused():
+    x = torch.randn(1, 1, 2, 4)
+    with pytest.raises(ValueError, match=r"^scale must be at most 1\.845e\+19 for torch\.float32, got 1e\+20; "):
+        softmax_attention(x, x, x, scale=1e20)
