@@ -61,9 +61,18 @@ def test_so_it_does_in_the_parts(impl, ran):
 @pytest.mark.parametrize("operation", CALLS)
 def test_what_is_explained_runs(operation, limit, picked, ran, monkeypatch):
     monkeypatch.setattr("lineara.ops.dispatch._ONE_BLOCK_ELEMENTS", limit)
+    monkeypatch.setattr("lineara.ops.dispatch._LONG", 1)
     said = explain_implementation(QUERY, KEY, VALUE, operation=operation)
     CALLS[operation](QUERY, KEY, VALUE)
     assert said.startswith(f"{picked}: the tensors are on the CPU and ")
+    assert ran == {picked}
+
+
+@pytest.mark.parametrize(("positions", "picked"), [(255, "reference"), (256, "streaming")])
+def test_many_short_sequences_run_the_reference(positions, picked, ran):
+    query, key, value = (torch.randn(33, 8, positions, 32) for _ in range(3))
+    assert explain_implementation(query, key, value).startswith(picked)
+    efficient_attention(query, key, value)
     assert ran == {picked}
 
 

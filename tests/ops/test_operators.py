@@ -109,6 +109,7 @@ def test_there_are_four_operators_of_attention():
 def test_one_graph_serves_every_length(name, impl, with_gradients, monkeypatch):
     """With and without a mask, with and without gradients: four graphs in all, equal to the eager call."""
     monkeypatch.setattr("lineara.ops.dispatch._ONE_BLOCK_ELEMENTS", 4 * 500 * 8)  # both sides of the size rule
+    monkeypatch.setattr("lineara.ops.dispatch._LONG", 1)
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     call = partial(OPERATIONS[name], impl=impl)
@@ -242,6 +243,7 @@ def large(positions):
     ],
 )
 def test_transforms_are_right_at_any_length(name, positions, compiled, monkeypatch):
+    monkeypatch.setattr("lineara.ops.dispatch._LONG", 1)
     monkeypatch.setattr("lineara.ops.dispatch._ONE_BLOCK_ELEMENTS", 4_000)
     torch.compiler.reset()
     query, key, value = large(positions)

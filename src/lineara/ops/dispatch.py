@@ -39,6 +39,8 @@ _AVAILABLE = {
 _ONE_BLOCK_ELEMENTS = 2 * 1024 * 1024
 # From this many on, with gradients, formulas on whole tensors are faster than autograd's.
 _FORMULA_ELEMENTS = 256 * 1024
+# Of shorter sequences, however many, a summary is about as large as they are, and the reference the fastest.
+_LONG = 256
 _WIDEST = 512
 # Wider blocks of float32 do not fit into a multiprocessor's registers.
 _WIDEST_FLOAT32 = 256
@@ -129,8 +131,8 @@ def _rule(operation: str, query: Tensor, value: Tensor, *others: Tensor | None) 
                 "the tensors are on the CPU, need gradients and fit into one block, whose weights are kept",
             )
         return "reference", (
-            "the tensors are on the CPU and of at most 2,097,152 elements each, where few operations on whole tensors "
-            "are as fast as blocks"
+            "the tensors are on the CPU and of at most 2,097,152 elements each or fewer than 256 positions, where few "
+            "operations on whole tensors are as fast as blocks"
         )
     if device != "cuda":
         return "reference", f"the tensors are on {device}, where few large operations beat many blocks"
@@ -142,15 +144,18 @@ def _rule(operation: str, query: Tensor, value: Tensor, *others: Tensor | None) 
 
 
 def _is_one_block(seen: Sequence[Tensor]) -> bool:
-    return _FORMULA_ELEMENTS <= _largest(seen) <= _ONE_BLOCK_ELEMENTS and needs_gradients_alone(seen)
+    # (In this order: while tracing, no size may be looked at.)
+    return needs_gradients_alone(seen) and _FORMULA_ELEMENTS <= _elements(seen) <= _ONE_BLOCK_ELEMENTS
 
 
 def _is_large(seen: Sequence[Tensor]) -> bool:
-    return _largest(seen) > _ONE_BLOCK_ELEMENTS
+    return _elements(seen) > _ONE_BLOCK_ELEMENTS
 
 
-def _largest(seen: Sequence[Tensor]) -> int:
-    return max([tensor.numel() for tensor in seen])
+def _elements(seen: Sequence[Tensor]) -> int:
+    """Of the largest tensor; 0 where all sequences are short."""
+    largest = max([tensor.numel() for tensor in seen])
+    return largest if any(tensor.shape[2] >= _LONG for tensor in seen) else 0
 
 
 def _seen(*tensors: Tensor | None) -> list[Tensor]:

@@ -107,8 +107,8 @@ def efficient_attention(
 
     Cost: O((N + M) K V) time for N query positions, M key positions, K key and V value channels per head. Memory
     beyond inputs and output: O(N K + M (K + V)) with `"reference"`; O(K V) and buffers of constant size with
-    `"streaming"`. With a group, messages of K (V + 2) numbers per head forward (K (V + 1) under scaling) and K V
-    backward.
+    `"streaming"`, which with gradients keeps its weights where no tensor has more than 2 Mi elements. With a group,
+    messages of K (V + 2) numbers per head forward (K (V + 1) under scaling) and K V backward.
 
     Source: Shen, Zhang, Zhao, Yi, Li, "Efficient Attention: Attention with Linear Complexities", WACV 2021,
     arXiv 1812.01243. Masks, `scale` and cross-attention are ours.

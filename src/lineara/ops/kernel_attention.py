@@ -68,7 +68,8 @@ def kernel_attention(
 
     Cost: O((N + M) K V) time for N query positions, M key positions, K key and V value channels per head. Memory
     beyond inputs and output: O(N K + M (K + V)) with `"reference"`; O(K V) and buffers of constant size with
-    `"streaming"`. With a group, messages of K (V + 1) numbers per head forward and as many backward.
+    `"streaming"`, which with gradients keeps its weights where no tensor has more than 2 Mi elements. With a group,
+    messages of K (V + 1) numbers per head forward and as many backward.
 
     Source: Katharopoulos, Vyas, Pappas, Fleuret, "Transformers are RNNs: Fast Autoregressive Transformers with Linear
     Attention", ICML 2020, arXiv 2006.16236, equations 4 to 7 (elu + 1). Masks and `scale` are ours.

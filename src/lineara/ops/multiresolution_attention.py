@@ -103,9 +103,9 @@ def multiresolution_attention(
 
     Cost: O(M (K + V) + (N + M / r) K V) time for N query positions, M key positions, K key and V value channels per
     head. Memory beyond inputs and output: O(N K + M (K + V)) with `"reference"`; with `"streaming"` O(K V), buffers of
-    constant size, and M / r positions of those heads that compress, none of it kept for the backward pass. With a
-    group, messages of `efficient_attention` or `kernel_attention`, and fewer positions per border than the least common
-    multiple of the resolutions.
+    constant size, and M / r positions of those heads that compress; with gradients it keeps its weights where no
+    tensor has more than 2 Mi elements. With a group, messages of `efficient_attention` or `kernel_attention`, and
+    fewer positions per border than the least common multiple of the resolutions.
 
     Source: our reading of Zhang, Ma, Seidl, Tresp, "Adaptive Multi-Resolution Attention with Linear Complexity", arXiv
     2108.04962. Its abstract states heads of different resolution, each query's choice among them, and kernel attention;

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lineara.ops.linear.feature_maps import Summary, feature_map
-from lineara.ops.linear.layout import product
+from lineara.ops.linear.layout import positions_are_adjacent, product
 from lineara.ops.linear.reference import count_positions, finite_shift, position_maximum, quotient
 from lineara.ops.packed import Positions, Row, by_sequence, stacked
 from lineara.ops.precision import times_scale, widened, without_autocast
@@ -67,9 +67,13 @@ class _Summarize(Function):
             if hidden is not None:
                 scaled = scaled.masked_fill(hidden, -torch.inf)
             maximum = position_maximum(scaled)  # (B, H, K)
-            own = _in_place(scaled) if scaled is not key else None
-            shifted = torch.sub(scaled, finite_shift(maximum)[:, :, None], out=own)
-            weights = torch.exp(shifted, out=_in_place(shifted))  # (B, H, M, K)
+            shift = finite_shift(maximum)[:, :, None]
+            if may_overwrite(scaled):
+                # (In order: products copy what lies otherwise.)
+                own = None if positions_are_adjacent(scaled) else scaled.new_empty(scaled.shape)
+                weights = torch.sub(scaled, shift, out=own).exp_()  # (B, H, M, K)
+            else:
+                weights = (scaled - shift).exp()
         else:
             weights = phi.of(scaled)
             maximum = weights.new_zeros((*key.shape[:2], key.shape[3]))

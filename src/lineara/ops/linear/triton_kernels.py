@@ -328,9 +328,14 @@ def _summarize_kernel(
     K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TILES_K: tl.constexpr, TILES_V: tl.constexpr, FEATURES: tl.constexpr, NEGATIVE: tl.constexpr,
     HAS_MASK: tl.constexpr, PACKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The summary of one split: maximum and total (R, P, K), weighted sum (R, P, K, V)."""
+    if ALIGNED:
+        key_item, key_head = tl.multiple_of(key_item, 8), tl.multiple_of(key_head, 8)
+        key_position = tl.multiple_of(key_position, 8)
+        value_item, value_head = tl.multiple_of(value_item, 8), tl.multiple_of(value_head, 8)
+        value_position = tl.multiple_of(value_position, 8)
     row, split, tile_k, tile_v = _row_and_split(TILES_K, TILES_V, num_splits)
     item, start, length = _segment(cu_seqlens, row // heads, num_positions, PACKED)
     key += item * key_item + row % heads * key_head
@@ -464,9 +469,18 @@ def _summarize_backward_kernel(
     mask_item, mask_position,
     K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TILES_V: tl.constexpr, FEATURES: tl.constexpr, HAS_MASK: tl.constexpr,
-    PACKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """With E = phi(K) (softmax: exp(K - m)): dV = E dS and dK = phi'(K) * (V dS^T + ds), spread over the windows."""
+    if ALIGNED:
+        key_item, key_head = tl.multiple_of(key_item, 8), tl.multiple_of(key_head, 8)
+        key_position = tl.multiple_of(key_position, 8)
+        value_item, value_head = tl.multiple_of(value_item, 8), tl.multiple_of(value_head, 8)
+        value_position = tl.multiple_of(value_position, 8)
+        grad_key_item, grad_key_head = tl.multiple_of(grad_key_item, 8), tl.multiple_of(grad_key_head, 8)
+        grad_key_position = tl.multiple_of(grad_key_position, 8)
+        grad_value_item, grad_value_head = tl.multiple_of(grad_value_item, 8), tl.multiple_of(grad_value_head, 8)
+        grad_value_position = tl.multiple_of(grad_value_position, 8)
     row, split, _, _ = _row_and_split(1, 1, num_splits)
     item, start, length = _segment(cu_seqlens, row // heads, num_positions, PACKED)
     key += item * key_item + row % heads * key_head
@@ -535,9 +549,14 @@ def _attend_kernel(
     output_item, output_head, output_position, output_channel,
     K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TILES_V: tl.constexpr, FEATURES: tl.constexpr, NEGATIVE: tl.constexpr, HAS_GATE: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, DIVIDE: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr, DIVIDE: tl.constexpr,
 ):  # fmt: skip
     """gate * phi(Q) (S / s), or gate * (phi(Q) S) / (phi(Q) . s); softmax has a denominator of its own."""
+    if ALIGNED:
+        query_item, query_head = tl.multiple_of(query_item, 8), tl.multiple_of(query_head, 8)
+        query_position = tl.multiple_of(query_position, 8)
+        output_item, output_head = tl.multiple_of(output_item, 8), tl.multiple_of(output_head, 8)
+        output_position = tl.multiple_of(output_position, 8)
     row, split, _, tile_v = _row_and_split(1, TILES_V, num_splits)
     item, start, length = _segment(cu_seqlens, row // heads, num_positions, PACKED)
     query += item * query_item + row % heads * query_head
@@ -627,7 +646,7 @@ def _attend_backward_kernel(
     grad_gate_item, grad_gate_head, grad_gate_position,
     K: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TILES_V: tl.constexpr, FEATURES: tl.constexpr, NEGATIVE: tl.constexpr, HAS_GATE: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
     OF_QUERY: tl.constexpr, OF_CONTEXT: tl.constexpr, DIVIDE: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of query and gate, and one split's of total (R, P, K) and context (R, P, K, V); see streaming.py.
@@ -636,6 +655,13 @@ def _attend_backward_kernel(
     for one block, it runs once for the queries (every program reads all columns) and once for the contexts (every
     program one tile of columns).
     """
+    if ALIGNED:
+        query_item, query_head = tl.multiple_of(query_item, 8), tl.multiple_of(query_head, 8)
+        query_position = tl.multiple_of(query_position, 8)
+        grad_output_item, grad_output_head = tl.multiple_of(grad_output_item, 8), tl.multiple_of(grad_output_head, 8)
+        grad_output_position = tl.multiple_of(grad_output_position, 8)
+        grad_query_item, grad_query_head = tl.multiple_of(grad_query_item, 8), tl.multiple_of(grad_query_head, 8)
+        grad_query_position = tl.multiple_of(grad_query_position, 8)
     row, split, _, tile_v = _row_and_split(1, 1 if OF_QUERY else TILES_V, num_splits)
     item, start, length = _segment(cu_seqlens, row // heads, num_positions, PACKED)
     query += item * query_item + row % heads * query_head
@@ -904,6 +930,7 @@ def _launch(
     """Run a pass over positions."""
     options |= {"BLOCK_N": tiles.n, "BLOCK_K": tiles.k, "BLOCK_V": tiles.v, "TILES_V": tiles.num_v}
     options |= {"STAGES": tiles.stages, "PRECISION": _precision(tensors[0]), "num_warps": tiles.warps}
+    options["ALIGNED"] = all(_is_aligned(tensor) for tensor in tensors if tensor.dim() == 4)
     _run(kernel, programs, (*tensors, *numbers), {"K": tiles.key_dim, "V": tiles.value_dim, **options})
 
 
@@ -921,6 +948,11 @@ def _run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[s
         return
     with torch.cuda.device_of(arguments[0]):
         kernel[(programs,)](*arguments, **options, enable_fp_fusion=True)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether 8 channels of 2 bytes can be read at once: Triton asks whether 16 divides strides, as it does not 72."""
+    return tensor.stride(3) == 1 and all(stride % 8 == 0 and stride > 1 for stride in tensor.stride()[:3])
 
 
 def _precision(tensor: Tensor) -> str:
