@@ -78,7 +78,9 @@ def test_output_and_gradients_are_as_exact_as_the_reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(1, 3), (64, 128), (129, 65), (256, 300), (512, 17)], ids=str)
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim"), [(1, 3), (64, 128), (72, 40), (129, 65), (256, 300), (512, 17)], ids=str
+)
 @pytest.mark.parametrize("name", ["efficient", "elu"])
 def test_any_widths(name, dtype, key_dim, value_dim, assert_as_exact_as):
     inputs = tensors(67, 71, key_dim, value_dim, dtype, batch=1, heads=1)

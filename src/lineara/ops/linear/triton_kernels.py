@@ -41,6 +41,12 @@ _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _of_8(stride):
+    """A multiple of 8, said in a way that the compiler sees."""
+    return stride // 8 * 8
+
+
+@triton.jit
 def _row_and_split(tiles_1, tiles_2, num_splits):
     """From the program's number its row, split and two tiles. Neighbours share a split, so its blocks are cached."""
     program = tl.program_id(0)
@@ -332,10 +338,10 @@ def _summarize_kernel(
 ):  # fmt: skip
     """The summary of one split: maximum and total (R, P, K), weighted sum (R, P, K, V)."""
     if ALIGNED:
-        key_item, key_head = tl.multiple_of(key_item, 8), tl.multiple_of(key_head, 8)
-        key_position = tl.multiple_of(key_position, 8)
-        value_item, value_head = tl.multiple_of(value_item, 8), tl.multiple_of(value_head, 8)
-        value_position = tl.multiple_of(value_position, 8)
+        key_item, key_head = _of_8(key_item), _of_8(key_head)
+        key_position = _of_8(key_position)
+        value_item, value_head = _of_8(value_item), _of_8(value_head)
+        value_position = _of_8(value_position)
     row, split, tile_k, tile_v = _row_and_split(TILES_K, TILES_V, num_splits)
     item, start, length = _segment(cu_seqlens, row // heads, num_positions, PACKED)
     key += item * key_item + row % heads * key_head
@@ -473,14 +479,14 @@ def _summarize_backward_kernel(
 ):  # fmt: skip
     """With E = phi(K) (softmax: exp(K - m)): dV = E dS and dK = phi'(K) * (V dS^T + ds), spread over the windows."""
     if ALIGNED:
-        key_item, key_head = tl.multiple_of(key_item, 8), tl.multiple_of(key_head, 8)
-        key_position = tl.multiple_of(key_position, 8)
-        value_item, value_head = tl.multiple_of(value_item, 8), tl.multiple_of(value_head, 8)
-        value_position = tl.multiple_of(value_position, 8)
-        grad_key_item, grad_key_head = tl.multiple_of(grad_key_item, 8), tl.multiple_of(grad_key_head, 8)
-        grad_key_position = tl.multiple_of(grad_key_position, 8)
-        grad_value_item, grad_value_head = tl.multiple_of(grad_value_item, 8), tl.multiple_of(grad_value_head, 8)
-        grad_value_position = tl.multiple_of(grad_value_position, 8)
+        key_item, key_head = _of_8(key_item), _of_8(key_head)
+        key_position = _of_8(key_position)
+        value_item, value_head = _of_8(value_item), _of_8(value_head)
+        value_position = _of_8(value_position)
+        grad_key_item, grad_key_head = _of_8(grad_key_item), _of_8(grad_key_head)
+        grad_key_position = _of_8(grad_key_position)
+        grad_value_item, grad_value_head = _of_8(grad_value_item), _of_8(grad_value_head)
+        grad_value_position = _of_8(grad_value_position)
     row, split, _, _ = _row_and_split(1, 1, num_splits)
     item, start, length = _segment(cu_seqlens, row // heads, num_positions, PACKED)
     key += item * key_item + row % heads * key_head
@@ -553,10 +559,10 @@ def _attend_kernel(
 ):  # fmt: skip
     """gate * phi(Q) (S / s), or gate * (phi(Q) S) / (phi(Q) . s); softmax has a denominator of its own."""
     if ALIGNED:
-        query_item, query_head = tl.multiple_of(query_item, 8), tl.multiple_of(query_head, 8)
-        query_position = tl.multiple_of(query_position, 8)
-        output_item, output_head = tl.multiple_of(output_item, 8), tl.multiple_of(output_head, 8)
-        output_position = tl.multiple_of(output_position, 8)
+        query_item, query_head = _of_8(query_item), _of_8(query_head)
+        query_position = _of_8(query_position)
+        output_item, output_head = _of_8(output_item), _of_8(output_head)
+        output_position = _of_8(output_position)
     row, split, _, tile_v = _row_and_split(1, TILES_V, num_splits)
     item, start, length = _segment(cu_seqlens, row // heads, num_positions, PACKED)
     query += item * query_item + row % heads * query_head
@@ -656,12 +662,12 @@ def _attend_backward_kernel(
     program one tile of columns).
     """
     if ALIGNED:
-        query_item, query_head = tl.multiple_of(query_item, 8), tl.multiple_of(query_head, 8)
-        query_position = tl.multiple_of(query_position, 8)
-        grad_output_item, grad_output_head = tl.multiple_of(grad_output_item, 8), tl.multiple_of(grad_output_head, 8)
-        grad_output_position = tl.multiple_of(grad_output_position, 8)
-        grad_query_item, grad_query_head = tl.multiple_of(grad_query_item, 8), tl.multiple_of(grad_query_head, 8)
-        grad_query_position = tl.multiple_of(grad_query_position, 8)
+        query_item, query_head = _of_8(query_item), _of_8(query_head)
+        query_position = _of_8(query_position)
+        grad_output_item, grad_output_head = _of_8(grad_output_item), _of_8(grad_output_head)
+        grad_output_position = _of_8(grad_output_position)
+        grad_query_item, grad_query_head = _of_8(grad_query_item), _of_8(grad_query_head)
+        grad_query_position = _of_8(grad_query_position)
     row, split, _, tile_v = _row_and_split(1, 1 if OF_QUERY else TILES_V, num_splits)
     item, start, length = _segment(cu_seqlens, row // heads, num_positions, PACKED)
     query += item * query_item + row % heads * query_head
