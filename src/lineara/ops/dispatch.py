@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lineara.ops.checks import IMPLEMENTATIONS, check_choice, check_tensor
-from lineara.ops.tracing import is_exporting, needs_gradients_alone, transform_of
+from lineara.ops.tracing import is_exporting, is_traced, needs_gradients_alone, transform_of
 
 # "one block" is how "streaming" computes what is to be differentiated and fits into one block.
 _MODULES = {
@@ -144,8 +144,9 @@ def _rule(operation: str, query: Tensor, value: Tensor, *others: Tensor | None) 
 
 
 def _is_one_block(seen: Sequence[Tensor]) -> bool:
-    # (In this order: while tracing, no size may be looked at.)
-    return needs_gradients_alone(seen) and _FORMULA_ELEMENTS <= _elements(seen) <= _ONE_BLOCK_ELEMENTS
+    if is_traced():  # when no size may be looked at
+        return False
+    return _FORMULA_ELEMENTS <= _elements(seen) <= _ONE_BLOCK_ELEMENTS and needs_gradients_alone(seen)
 
 
 def _is_large(seen: Sequence[Tensor]) -> bool:

@@ -72,9 +72,10 @@ def feature_map(name: str) -> Map:
 
 
 def _elu(x: Tensor) -> Tensor:
-    if is_traced() or transform_of(x):
-        return x.clamp_max(0.0).exp() + x.relu()
-    return _Elu.apply(x)  # pyright: ignore[reportReturnType] - a tensor
+    if torch.is_grad_enabled() and x.requires_grad and not is_traced() and not transform_of(x):
+        return _Elu.apply(x)  # pyright: ignore[reportReturnType] - a tensor
+    negative, positive = x.clamp_max(0.0), x.relu()
+    return negative.exp_().add_(positive) if not is_traced() and may_overwrite(x) else negative.exp() + positive
 
 
 class _Elu(torch.autograd.Function):
@@ -82,8 +83,7 @@ class _Elu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        negative, positive = x.clamp_max(0.0), x.relu()
-        weights = negative.exp_().add_(positive) if may_overwrite(x) else negative.exp() + positive
+        weights = _elu(x)  # without gradients
         ctx.save_for_backward(weights)
         return weights
 

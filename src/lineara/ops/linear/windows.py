@@ -45,8 +45,10 @@ def context_of(keys: Keys, windows: Windows, feature_map: str, scale: float) -> 
     """By the reference, the weighted sum divided by the total, (B, H, K, V), of a map that divides so."""
     if is_plain(keys.key):
         context = _context_of(keys, windows, feature_map, scale, exact=False)
-        # Where the quick way meets a key channel of -inf or a masked item that is not finite, it gives NaN.
-        if not math.isnan(context.detach().sum().item()):
+        # Where the quick way meets a key channel of -inf, it gives NaN in all of its row; a masked value that is not
+        # finite gives one in its column.
+        seen = context.detach() if keys.key_mask is not None else context.detach().select(3, 0)
+        if not math.isnan(seen.sum().item()):
             return context
     return _context_of(keys, windows, feature_map, scale, exact=True)
 
