@@ -147,7 +147,7 @@ def test_cuda_without_a_device_is_refused_before_anything_is_written(called):
     ids=["script", "module"],
 )
 def test_a_checkout_needs_torch_and_nothing_else(tmp_path, start):
-    code = BARE + start.format(script=str(ROOT / "benchmarks" / "attention.py"), source=str(ROOT / "src"))
+    code = BARE + start.format(script=str(ROOT / "benchmarks" / "attention" / "suite.py"), source=str(ROOT / "src"))
     words = [*FEW, "--contenders", "lineara", "eager", "lineara-triton", "sdpa-flash", "performer"]
     done = subprocess.run(
         [sys.executable, "-c", code, *words, "--case_seconds", "0.001", "--output", "out"],
