@@ -36,7 +36,7 @@ def ran(monkeypatch):
         return lambda *inputs, **options: found.add(name) or compute(*inputs, **options)
 
     for name, module in MODULES.items():
-        for function in ("summarize", "attend", "context_of"):
+        for function in ("efficient_attention", "summarize", "attend", "context_of"):
             if hasattr(module, function):
                 monkeypatch.setattr(module, function, watch(name, getattr(module, function)))
     return found
@@ -61,11 +61,43 @@ def test_so_it_does_in_the_parts(impl, ran):
 @pytest.mark.parametrize("operation", CALLS)
 def test_what_is_explained_runs(operation, limit, picked, ran, monkeypatch):
     monkeypatch.setattr("lineara.ops.dispatch._ONE_BLOCK_ELEMENTS", limit)
+    monkeypatch.setattr("lineara.ops.dispatch._FORMULA_ELEMENTS", limit)
     monkeypatch.setattr("lineara.ops.dispatch._LONG", 1)
     said = explain_implementation(QUERY, KEY, VALUE, operation=operation)
     CALLS[operation](QUERY, KEY, VALUE)
     assert said.startswith(f"{picked}: the tensors are on the CPU and ")
     assert ran == {picked}
+
+
+def test_a_short_call_takes_the_shortest_way(ran, monkeypatch):
+    monkeypatch.setattr(reference, "context_of", None)
+    efficient_attention(QUERY, KEY, VALUE)
+    assert ran == {"reference"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor,
+        lambda tensor: tensor.mT.contiguous().mT,
+        lambda tensor: tensor[:, :, ::2],
+        lambda tensor: tensor.index_fill(3, torch.tensor([1]), -torch.inf),
+        lambda tensor: tensor.index_fill(3, torch.tensor([1]), torch.nan),
+        lambda tensor: tensor[:, :, :0],
+        lambda tensor: tensor[:0],
+        lambda tensor: tensor.double(),
+        lambda tensor: tensor.bfloat16(),
+    ],
+    ids=["plain", "maps", "strided", "-inf", "nan", "no positions", "empty batch", "float64", "bfloat16"],
+)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_shortest_way_is_the_reference(change, gradients):
+    results = []
+    for impl in ("auto", "reference"):
+        inputs = [change(tensor).detach().requires_grad_(gradients) for tensor in (QUERY, KEY, VALUE)]
+        output = efficient_attention(*inputs, impl=impl)
+        results.append([output, *torch.autograd.grad(output.sum(), inputs)] if gradients else [output])
+    torch.testing.assert_close(*results, equal_nan=True)
 
 
 @pytest.mark.parametrize(("positions", "picked"), [(255, "reference"), (256, "streaming")])

@@ -68,6 +68,31 @@ def choose_implementation(operation: str, impl: str, query: Tensor, value: Tenso
     return "one block" if impl == "streaming" and _is_one_block(_seen(query, value, *others)) else impl
 
 
+def is_short(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the reference runs on float32 tensors as they are: all questions above and in `checks`, answered at once.
+
+    To ask them one by one takes longer than the arithmetic of a short sequence.
+    """
+    if not (type(query) is type(key) is type(value) is Tensor) or is_traced() or transform_of(query, key, value):
+        return False
+    if not (query.is_cpu and key.is_cpu and value.is_cpu) or query.is_nested or key.is_nested or value.is_nested:
+        return False
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    if not len(shape) == len(key_shape) == len(value_shape) == 4:
+        return False
+    batch, heads, num_queries, key_dim = shape
+    num_keys, value_dim = value_shape[2:]
+    return (
+        key_shape == (batch, heads, num_keys, key_dim)
+        and value_shape[:2] == shape[:2]
+        and 0 < key_dim * batch * heads * max(num_queries, num_keys) < _FORMULA_ELEMENTS
+        and 0 < value_dim * batch * heads * num_keys < _FORMULA_ELEMENTS
+        and query.dtype is key.dtype is value.dtype is torch.float32
+        and query.layout is key.layout is value.layout is torch.strided
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def means_of(implementation: str, *tensors: Tensor) -> ModuleType:
     """The module that computes: for "auto", which a compiled graph leaves open, by size."""
     if implementation == "auto":

@@ -18,7 +18,7 @@ from lineara.ops.checks import (
     check_scale,
     check_tensor,
 )
-from lineara.ops.dispatch import choose_implementation
+from lineara.ops.dispatch import choose_implementation, is_short
 from lineara.ops.linear import attention, reference
 from lineara.ops.linear.windows import Keys, Windows
 from lineara.ops.packed import in_sequences
@@ -115,6 +115,16 @@ def efficient_attention(
 
     Gradients of any order are supported; `"auto"` also supports torch.func transforms, forward mode and torch.export.
     """
+    if (
+        impl == "auto"
+        and normalization == "softmax"
+        and type(scale) is float
+        and scale == 1.0
+        and key_mask is cu_seqlens_query is cu_seqlens_key is group is None
+        and is_short(query, key, value)
+        and (output := reference.efficient_attention(query, key, value)) is not None
+    ):
+        return output
     query, key, value = as_autocast(query, key, value)
     check_inputs(query, key, value, key_mask, cu_seqlens_query, cu_seqlens_key)
     check_choice("normalization", normalization, NORMALIZATIONS)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from lineara.ops.tracing import nothing_looks_on
+from lineara.ops.tracing import is_watched
 
 LIBRARY = Library("lineara", "FRAGMENT")
+# The arithmetic of every operator, and the same followed by autograd.
+_DIRECT: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
 
 def define(
@@ -36,12 +38,31 @@ def define(
     if gradients is not None:
         backward, save = gradients
         torch.library.register_autograd(f"lineara::{name}", backward, setup_context=save, lib=LIBRARY)
-    return getattr(torch.ops.lineara, name).default
+    operator = getattr(torch.ops.lineara, name).default
+    _DIRECT[operator] = compute, compute if gradients is None else _followed(compute, *gradients)
+    return operator
 
 
-def run(operator: Any, compute: Callable[..., Any], *arguments: Any) -> Any:
-    """What the operator gives: by its arithmetic where nothing looks on, since to call an operator takes 15 us."""
-    return compute(*arguments) if nothing_looks_on(arguments) else operator(*arguments)
+def run(operator: Any, *arguments: Any) -> Any:
+    """What the operator gives: without the operator, whose call takes 15 us, 80 with gradients, where none watches."""
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    if is_watched(tensors):
+        return operator(*arguments)
+    plain, followed = _DIRECT[operator]
+    needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return followed(*arguments) if needs_gradients else plain(*arguments)
+
+
+def _followed(
+    compute: Callable[..., Any], backward: Callable[..., Any], save: Callable[..., None]
+) -> Callable[..., Any]:
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        results = compute(*arguments)
+        save(ctx, arguments, results)
+        return results
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(compute.__name__, (torch.autograd.Function,), methods).apply
 
 
 def reference_gradients(

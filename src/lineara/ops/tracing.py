@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 def is_exporting() -> bool:
     """Whether a graph of standard operators is being recorded, to run without this library."""
     # (torch.compiler.is_exporting, which reads the same flag, is always true in what torch 2.11 compiles.)
-    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()  # pyright: ignore - private
+    return torch.compiler._is_exporting_flag or torch._C._is_tracing()  # pyright: ignore - private
 
 
 def is_traced() -> bool:
@@ -34,10 +34,7 @@ def transform_of(*tensors: Tensor | None) -> str | None:
 def is_plain(tensor: Tensor) -> bool:
     """Whether the numbers of a tensor can be looked at here and now, and cost nothing to look at."""
     return (
-        type(tensor) is Tensor
-        and tensor.device.type == "cpu"
-        and not is_traced()
-        and not torch._C._are_functorch_transforms_active()  # pyright: ignore - private
+        type(tensor) is Tensor and tensor.is_cpu and not is_traced() and not torch._C._are_functorch_transforms_active()  # pyright: ignore - private
     )
 
 
@@ -53,16 +50,13 @@ def may_overwrite(*tensors: Tensor) -> bool:
     return not any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)  # pyright: ignore - private
 
 
-def nothing_looks_on(arguments: Sequence[object]) -> bool:
-    """Whether nobody would notice if an operator's arithmetic ran without the operator."""
+def is_watched(tensors: Sequence[Tensor]) -> bool:
+    """Whether anyone but autograd would notice if an operator's arithmetic ran without the operator."""
     if is_traced() or torch._C._len_torch_dispatch_stack():  # pyright: ignore - private
-        return False
+        return True
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:  # pyright: ignore - private
-        return False
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    return all(type(tensor) in _PLAIN_TYPES and (tensor.is_cpu or tensor.is_cuda) for tensor in tensors)
+        return True
+    return not all(type(tensor) in _PLAIN_TYPES and (tensor.is_cpu or tensor.is_cuda) for tensor in tensors)
 
 
 def needs_gradients_alone(tensors: Sequence[Tensor]) -> bool:

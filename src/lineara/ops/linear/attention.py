@@ -52,7 +52,7 @@ def summarize(implementation: str, keys: Keys, grid: Windows, name: str, scale: 
         return run(*arguments, group_name)
     if implementation in _DIFFERENTIATED:
         return windows.summarize(_DIFFERENTIATED[implementation], keys, grid, name, scale)
-    return library.run(operators.SUMMARIZE, operators.summarize, *arguments)
+    return library.run(operators.SUMMARIZE, *arguments)
 
 
 def attend(
@@ -76,4 +76,4 @@ def attend(
     if implementation == "one block":
         return one_block.attend(query, total, weighted_sum, gate, cu_seqlens, name, scale)
     arguments = query, total, weighted_sum, gate, cu_seqlens, name, scale, implementation
-    return library.run(operators.ATTEND, operators.attend, *arguments)
+    return library.run(operators.ATTEND, *arguments)

@@ -73,21 +73,21 @@ def save_summary(ctx: Any, inputs: tuple[Any, ...], output: Summary) -> None:
     ctx.options = inputs[_NUM_KEYS:]
     ctx.save_for_backward(*inputs[:_NUM_KEYS], output[0])
     ctx.mark_non_differentiable(output[0])
+    ctx.set_materialize_grads(False)  # of the maximum
 
 
-def summary_gradients(
-    compute: Callable[..., Summary], backward: Callable[[], tuple[Any, Callable[..., Any]]]
-) -> Callable[..., Any]:
-    """The backward function of an operator that computes a summary, given that of its own backward pass.
+def summary_gradients(compute: Callable[..., Summary], backward: Callable[[], Any]) -> Callable[..., Any]:
+    """The backward function of an operator that computes a summary, given the operator of its own backward pass."""
 
-    That is the operator, and what it computes.
-    """
-
-    def gradients(ctx: Any, _: Tensor, *grads: Tensor):
+    def gradients(ctx: Any, _: Tensor, grad_total: Tensor | None, grad_sum: Tensor | None):
         key, value, key_mask, cu_seqlens, *weights, maximum = ctx.saved_tensors
+        grads = (
+            torch.zeros_like(maximum) if grad_total is None else grad_total,
+            maximum.new_zeros((*maximum.shape, value.shape[3])) if grad_sum is None else grad_sum,
+        )
         if not torch.is_grad_enabled():
             inputs = key, value, key_mask, cu_seqlens, *weights, *ctx.options
-            found = list(run(*backward(), *grads, maximum, *inputs))
+            found = list(run(backward(), *grads, maximum, *inputs))
         else:
             name, scale, resolutions, key_shape, compression, _, *group = ctx.options
             options = name, scale, resolutions, key_shape, compression, "reference", *group
@@ -146,7 +146,7 @@ def _gradients_of_answers(ctx: Any, grad_output: Tensor):
 
         given = reference_gradients(forward, there, [grad_output])
     else:
-        given = run(ATTEND_BACKWARD, attend_backward, grad_output, *tensors, cu_seqlens, *ctx.options)
+        given = run(ATTEND_BACKWARD, grad_output, *tensors, cu_seqlens, *ctx.options)
     return *given[:3], None if tensors[3] is None else given[3], None, *((None,) * len(ctx.options))
 
 
@@ -163,7 +163,7 @@ SUMMARIZE = define(
     f"summarize({KEYS}, {MAP}, {WINDOWS}, str impl) -> {SUMMARY}",
     summarize,
     fake_summary,
-    (summary_gradients(summarize, lambda: (SUMMARIZE_BACKWARD, summarize_backward)), save_summary),
+    (summary_gradients(summarize, lambda: SUMMARIZE_BACKWARD), save_summary),
 )
 SUMMARIZE_BACKWARD = define(
     f"summarize_backward({GRADS}, {KEYS}, {MAP}, {WINDOWS}, str impl) -> {FOUR}",

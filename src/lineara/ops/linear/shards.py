@@ -187,7 +187,7 @@ SUMMARIZE_SHARD = define(
     f"summarize_shard({KEYS}, {MAP}, {WINDOWS}, str impl, str group_name) -> {SUMMARY}",
     summarize,
     fake_summary,
-    (summary_gradients(summarize, lambda: (SUMMARIZE_SHARD_BACKWARD, _summarize_backward)), save_summary),
+    (summary_gradients(summarize, lambda: SUMMARIZE_SHARD_BACKWARD), save_summary),
 )
 SUMMARIZE_SHARD_BACKWARD = define(
     f"summarize_shard_backward({GRADS}, {KEYS}, {MAP}, {WINDOWS}, str impl, str group_name) -> {FOUR}",
