@@ -19,11 +19,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from attention.shapes import PaperCount
 from torch import Tensor
 
 from lineara.measure import median_seconds, peak_memory
 from lineara.measure.machine import environment
-from lineara.measure.shapes import PaperCount
 from lineara.models import PSMNet
 from lineara.nn import EfficientAttention3d
 

@@ -629,7 +629,7 @@ def test_costs_that_were_not_measured_are_refused(mistake):
 
 
 def test_a_comparison_prints_its_table_and_ends_with_status_2_when_a_run_fails(call, monkeypatch):
-    monkeypatch.setattr("lineara.tasks.comparison._RUN", "import sys; sys.exit('lineara: error: the disk is full')")
+    monkeypatch.setattr("lineara.runs.comparison._RUN", "import sys; sys.exit('lineara: error: the disk is full')")
     recipe = recipe_with("run_dir", "run")
     status, output, error = call("compare", recipe, "--seeds", 3, "--output", "out", "--max_steps", 5)
     assert status == 2
@@ -644,7 +644,7 @@ def test_a_comparison_prints_its_table_and_ends_with_status_2_when_a_run_fails(c
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_comparison_ends_with_status_130(call, monkeypatch):
     interrupt = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
-    monkeypatch.setattr("lineara.tasks.comparison._RUN", interrupt)
+    monkeypatch.setattr("lineara.runs.comparison._RUN", interrupt)
     status, _, error = call("compare", recipe_with("run_dir", "run"))
     assert (status, error.splitlines()[-1]) == (130, "lineara: interrupted")
 

@@ -9,6 +9,7 @@ A quiet machine is the caller's business.
 """
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,18 +17,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY / "src"), str(REPOSITORY / "benchmarks")]
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import elu, scaled_dot_product_attention
 
-from lineara.measure.contenders import channels_first
+from attention.contenders import channels_first
+from attention.rounds import Step, time_in_rounds
 from lineara.measure.cost import plain
 from lineara.measure.machine import environment
-from lineara.measure.rounds import Step, time_in_rounds
 from lineara.nn import EfficientAttention, EfficientAttention2d
 from lineara.ops import efficient_attention, kernel_attention
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 BEHIND, AHEAD = 0.97, 1.03
 _Call = Callable[..., Tensor]
 

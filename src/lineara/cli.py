@@ -44,7 +44,6 @@ examples:
   lineara compare listops_softmax listops_efficient --seeds 0 1 2     train, test and tabulate both
   lineara draw maps --checkpoint runs/listops_efficient/checkpoints/best.ckpt
   lineara bench cost                                      time and memory against length
-  lineara bench attention                                 efficient attention against others
 
 `lineara COMMAND --help` tells more.
 """
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse_recipe(path: Path | str) -> None:
     """Raise unless every key of a recipe is one that the classes it names have."""
-    from lineara.tasks.training import TrainingCommand
+    from lineara.runs.training import TrainingCommand
 
     TrainingCommand(["--config", str(path)], run=False, instantiate=False)
 
@@ -151,7 +150,7 @@ def _add_draw(parser: ArgumentParser) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    from lineara.tasks.training import TrainingCommand
+    from lineara.runs.training import TrainingCommand
 
     _leave_out_advice()
     try:
@@ -163,8 +162,8 @@ def _train(arguments: list[str]) -> None:
 
 
 def _compare(options: Namespace) -> None:
-    from lineara.tasks.comparison import compare, find_recipe
-    from lineara.tasks.comparison_report import comparison_table
+    from lineara.runs.comparison import compare, find_recipe
+    from lineara.runs.comparison_report import comparison_table
 
     _leave_out_advice()
     steps = [] if options.max_steps is None else [f"trainer.max_steps={options.max_steps}"]
@@ -213,8 +212,8 @@ def _draw_run(options: Namespace) -> None:
 
 
 def _draw_trained(options: Namespace) -> None:
+    from lineara.runs.training import begin_run, load_run
     from lineara.tasks.long_range_arena.pictures import expression_maps, routing
-    from lineara.tasks.training import begin_run, load_run
 
     _leave_out_advice()
     recipe: Path | None = getattr(options, "config", None)
@@ -247,13 +246,7 @@ def _draw_examples(options: Namespace) -> None:
 def _bench(words: list[str]) -> None:
     from lineara.measure.commands import bench
 
-    bench(words, draw=_draw_rows, progress=_progress)
-
-
-def _draw_rows(rows: list[dict[str, object]], path: Path) -> None:
-    from lineara.viz import cost_curves
-
-    _save(cost_curves(rows), path)
+    bench(words, progress=_progress)
 
 
 def _progress(message: str) -> None:
@@ -261,7 +254,7 @@ def _progress(message: str) -> None:
 
 
 def _save(figure: object, path: Path) -> None:
-    from lineara.tasks.files import save_figure
+    from lineara.runs.files import save_figure
 
     save_figure(figure, path)
     print(path)

@@ -59,7 +59,7 @@ import json, os, sys
 from pathlib import Path
 from lineara.cli import main
 from lineara.tasks.long_range_arena import SequenceClassification
-from lineara.tasks.training import TrainingCommand
+from lineara.runs.training import TrainingCommand
 
 fault, done = json.loads(os.environ["FAULT"]), []
 step, together = SequenceClassification.training_step, TrainingCommand._together

@@ -1,6 +1,7 @@
 """What a measurement ran on, in words."""
 
 import hashlib
+import os
 import platform
 import subprocess
 import time
@@ -71,3 +72,14 @@ def today() -> str:
 
 def _git(folder: Path | str, *words: str) -> str:
     return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One drawer per problem: its data (files to batches), its task (loss, optimiser, schedule) and its metrics."""
+"""One package per problem: its data (files to batches), its task (loss, optimiser, schedule) and its metrics."""
 
 from importlib.util import find_spec
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from lineara.cli import main
 from lineara.nn import EfficientAttention2d
+from lineara.runs.training import TrainingCommand, load_run
 from lineara.tasks.image_classification import DigitsData, ImageClassification
-from lineara.tasks.training import TrainingCommand, load_run
 
 # Advice that `lineara fit` silences too, and a remark about resumed runs, which do go on with the next batch.
 pytestmark = [

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from torchvision.ops import FrozenBatchNorm2d
 
 from lineara.models import mask_rcnn
+from lineara.runs.stopping import StopInTime
+from lineara.runs.training import TrainingCommand
 from lineara.tasks.instance_segmentation import InstanceSegmentation
 from lineara.tasks.instance_segmentation.metrics import STATISTICS, as_results, evaluate
-from lineara.tasks.stopping import StopInTime
-from lineara.tasks.training import TrainingCommand
 
 # Advice that `lineara fit` silences too.
 pytestmark = [

@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader
 
 from lineara.models import PSMNet
 from lineara.nn import EfficientAttention3d
+from lineara.runs.stopping import StopInTime
+from lineara.runs.training import TrainingCommand, load_run
 from lineara.tasks.stereo_depth import StereoDepth
 from lineara.tasks.stereo_depth.batches import FrameLoader, PairsToPredict
 from lineara.tasks.stereo_depth.metrics import PROTOCOLS, StereoScores
 from lineara.tasks.stereo_depth.pfm import read_pfm
-from lineara.tasks.stopping import StopInTime
-from lineara.tasks.training import TrainingCommand, load_run
 
 # Advice that `lineara fit` silences too.
 pytestmark = [

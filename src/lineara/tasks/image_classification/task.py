@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lineara.tasks.files import write_text
-from lineara.tasks.sharding import ShardedTask, layers_wait
+from lineara.runs.files import write_text
+from lineara.runs.sharding import ShardedTask, layers_wait
 from lineara.tasks.step_schedule import StepSchedule, check_descent
 
 _CLASSES = "lineara_classes"

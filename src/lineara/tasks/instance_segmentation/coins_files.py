@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lineara.tasks.files import alone_in, write_text, written_whole
+from lineara.runs.files import alone_in, write_text, written_whole
 from lineara.tasks.image_files import read_pixels
 from lineara.tasks.instance_segmentation.coco_entries import encode
 from lineara.tasks.instance_segmentation.coco_files import read_annotations

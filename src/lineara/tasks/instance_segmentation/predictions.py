@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lineara.tasks.files import write_text, written_whole
+from lineara.runs.files import write_text, written_whole
 from lineara.tasks.instance_segmentation.coco_entries import mask_area
 from lineara.tasks.instance_segmentation.metrics import Evaluation, as_results
 from lineara.viz import detections

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lineara.runs.sharding import ShardedTask
 from lineara.tasks.instance_segmentation.metrics import Evaluation, as_results, evaluate
 from lineara.tasks.instance_segmentation.predictions import PredictionFolder, statistics_table, write_evaluation
-from lineara.tasks.sharding import ShardedTask
 from lineara.tasks.step_schedule import StepSchedule, check_descent
 
 _Batch = dict[str, list[Any]]

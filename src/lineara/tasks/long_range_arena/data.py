@@ -20,8 +20,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler
 
+from lineara.runs.sharding import shares
 from lineara.tasks.long_range_arena.metrics import majority_class_accuracy
-from lineara.tasks.sharding import shares
 
 _BATCHES_PER_POOL = 50
 _Ints = npt.NDArray[np.integer]

@@ -12,8 +12,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lineara.nn.router import Router
-from lineara.tasks.files import write_text
-from lineara.tasks.sharding import ShardedTask
+from lineara.runs.files import write_text
+from lineara.runs.sharding import ShardedTask
 
 
 class SequenceClassification(ShardedTask):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lineara.tasks.files import alone_in, write_text, written_whole
+from lineara.runs.files import alone_in, write_text, written_whole
 from lineara.tasks.stereo_depth.frames import Frame, read_float_truth, read_views
 from lineara.tasks.stereo_depth.pfm import write_pfm
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lineara.tasks.files import written_whole
+from lineara.runs.files import written_whole
 
 # More than any header takes.
 _HEADER_BYTES = 256

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lineara.tasks.files import save_figure
+from lineara.runs.files import save_figure
 from lineara.tasks.stereo_depth.pfm import write_pfm
 from lineara.viz import disparity_picture
 

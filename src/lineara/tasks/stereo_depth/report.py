@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lineara.tasks.files import save_figure, write_text
+from lineara.runs.files import save_figure, write_text
 from lineara.tasks.stereo_depth.metrics import Protocol, StereoScores
 from lineara.viz import disparity_comparison
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
-from lineara.tasks.sharding import ShardedTask
+from lineara.runs.sharding import ShardedTask
 from lineara.tasks.step_schedule import StepSchedule
 from lineara.tasks.stereo_depth.metrics import StereoScores, protocol_named
 from lineara.tasks.stereo_depth.one_cycle import OneCycle

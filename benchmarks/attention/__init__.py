@@ -1,0 +1,1 @@
+"""The attention suite: this library against others, checked and measured."""
