@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention import rounds
+from attention import measurement, rounds
 from attention.contenders import ANOTHER, chosen
 from attention.limits import Limits
 from attention.measurement import Suite
