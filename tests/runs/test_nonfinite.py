@@ -1,108 +1,110 @@
-"""The search for what was not finite first; `test_stopping.py` has it in whole runs."""
-
-import math
-import os
-from contextlib import nullcontext
-from types import SimpleNamespace
+"""Runs in which something is not finite: they end before it reaches the weights, and the checkpoint is good."""
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from torch import nn
 
-from lineara.runs.nonfinite import find_cause, first_nonfinite, last_good, random_state
+from lineara.runs.nonfinite import CheckFinite
+from lineara.runs.training import TrainingCommand
+from lineara.tasks.long_range_arena import SequenceClassification
 
-
-class Task(LightningModule):
-    """A network with dropout and batch normalisation; the layer of number `bad` answers with infinities."""
-
-    def __init__(self, bad=None):
-        super().__init__()
-        layers = [nn.Linear(5, 7), nn.Dropout(0.5), nn.BatchNorm1d(7), nn.Sequential(nn.Linear(7, 3), nn.ReLU())]
-        self.network = nn.Sequential(*layers)
-        self.seen, self.bad = [], bad
-        if bad is not None:
-            self.network.get_submodule(bad).register_forward_hook(lambda layer, given, answer: answer / 0)
-
-    def training_step(self, batch, batch_index):
-        answer = self.network(batch["image"])
-        self.seen.append(answer.detach())
-        self.log("train/loss", answer.sum())
-        return answer.square().mean()
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*lr_scheduler.step"),
+    pytest.mark.filterwarnings(r"ignore:\s*(By default only one Jsonargparse|.* was deprecated in v4)"),
+]
 
 
-@pytest.fixture
-def search():
-    def run(task, batch, optimizers=()):
-        plugin = SimpleNamespace(train_step_context=nullcontext)
-        trainer = SimpleNamespace(precision_plugin=plugin, optimizers=list(optimizers))
-        return find_cause(trainer, task, batch, 11, run.state)
-
-    torch.manual_seed(0)
-    run.state = random_state(torch.device("cpu"))
-    return run
+def fit(recipe, run_dir, *words):
+    return TrainingCommand(["fit", "--config", str(recipe), "--run_dir", str(run_dir), *words])
 
 
-@pytest.fixture
-def batch():
-    return {"image": torch.randn(13, 5, generator=torch.Generator().manual_seed(1))}
+def before_step(monkeypatch, step, spoil):
+    """Do something to the task before one step."""
+    training_step = SequenceClassification.training_step
+
+    def spoil_first(self, batch, index):
+        if self.global_step == step:
+            spoil(self)
+        return training_step(self, batch, index)
+
+    monkeypatch.setattr(SequenceClassification, "training_step", spoil_first)
 
 
-@pytest.mark.parametrize("bad", ["0", "1", "2", "3.0"])
-def test_the_innermost_first_layer_is_named(search, batch, bad):
-    task = Task(bad)
-    kind = type(task.network.get_submodule(bad)).__name__
-    assert search(task, batch) == f"the layer network.{bad} ({kind}) was the first to answer so"
+def multiply_answers(value):
+    return lambda task: task.network.head.register_forward_hook(lambda module, given, answer: answer * value)
 
 
-def test_an_input_comes_before_the_layers_and_a_weight_before_both(search, batch):
-    task = Task()
-    batch["image"][7, 3] = float("inf")
-    assert search(task, batch) == "image of the batch is not finite"
+def multiply_a_gradient(task):
+    task.network.head[2].bias.register_hook(lambda gradient: gradient * float("inf"))
+
+
+def fill_a_weight(task):
     with torch.no_grad():
-        task.network[2].weight[4] = float("nan")
-    assert search(task, batch) == "the weight network.2.weight has not been finite since the step before"
-    optimizer = torch.optim.SGD(task.parameters(), lr=0.1, momentum=0.9)
-    optimizer.state[task.network[2].weight]["momentum_buffer"] = torch.full((7,), float("nan"))
-    assert search(task, batch, [optimizer]).endswith("since the step before, for its gradient was not")
+        task.network.head[0].weight[0, 0] = float("nan")
 
 
-def test_nothing_is_found_where_all_is_finite_and_nothing_of_the_search_stays(search, batch):
-    task = Task()
-    before = {name: value.clone() for name, value in task.state_dict().items()}
-    torch.manual_seed(17)
-    expected = torch.rand(3)
-    torch.manual_seed(17)
-    assert search(task, batch) is None
-    assert torch.equal(torch.rand(3), expected)
-    assert all(torch.equal(value, before[name]) for name, value in task.state_dict().items())
-    assert not any(module._forward_hooks for module in task.modules())
-    assert "log" not in vars(task)
-    search(task, batch)
-    assert torch.equal(*task.seen)  # the same was dropped
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (multiply_answers(float("nan")), "loss must be finite, got nan"),
+        (fill_a_weight, "loss must be finite, got nan"),
+        (multiply_a_gradient, "norm of the gradients must be finite, got (inf|nan)"),
+    ],
+)
+def test_the_run_ends_with_the_step_the_batch_and_the_last_good_checkpoint(
+    tiny_recipe, tmp_path, monkeypatch, spoil, what
+):
+    before_step(monkeypatch, 7, spoil)
+    with pytest.raises(ValueError, match=rf"^the {what} in step 7 on batch 7 of the epoch.*; lower the") as error:
+        fit(tiny_recipe, tmp_path)
+    last = tmp_path / "checkpoints/last.ckpt"
+    assert f"the last good checkpoint is {last}" in str(error.value)
+    saved = torch.load(last, weights_only=True)
+    assert saved["global_step"] == 5
+    assert all(weight.isfinite().all() for weight in saved["state_dict"].values())
 
 
-def test_the_first_name_is_given():
-    good, bad = torch.ones(3), torch.tensor([1.0, float("inf")])
-    assert first_nonfinite(iter([("a", good), ("b", bad), ("c", bad)])) == "b"
-    assert first_nonfinite(iter([("a", good), ("n", torch.ones(3, dtype=torch.int64))])) is None
+def test_before_the_first_checkpoint_none_is_named(tiny_recipe, tmp_path, monkeypatch):
+    before_step(monkeypatch, 0, multiply_answers(float("inf")))
+    with pytest.raises(ValueError, match=r"in step 0 .* the last good checkpoint is none yet"):
+        fit(tiny_recipe, tmp_path)
 
 
-def test_the_newest_checkpoint_that_is_finite_is_the_last_good_one(tmp_path):
-    def checkpoint(name, time, weight, moment=0.0, other=math.inf):
-        content = {"state_dict": {"weight": torch.tensor(weight), "other": torch.tensor(other)}}
-        torch.save(content | {"optimizer_states": [{"state": {0: {"exp_avg": torch.tensor(moment)}}}]}, tmp_path / name)
-        os.utime(tmp_path / name, (time, time))
+def test_weights_that_are_not_finite_do_not_take_the_place_of_good_ones(tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(SequenceClassification, "on_train_batch_end", lambda self, *_: spoil_at_step_10(self))
 
-    found = [last_good(tmp_path, "weight".__eq__)]
-    checkpoint("best.ckpt", 3, 1.0)
-    found.append(last_good(tmp_path, "weight".__eq__))
-    checkpoint("last.ckpt", 5, math.nan)
-    (tmp_path / "damaged.ckpt").write_bytes(b"half")
-    checkpoint(".last-hidden.ckpt", 7, 1.0)
-    found.append(last_good(tmp_path, "weight".__eq__))
-    checkpoint("last.ckpt", 5, 1.0, moment=math.inf)
-    found.append(last_good(tmp_path, "weight".__eq__))
-    checkpoint("last.ckpt", 5, 1.0)
-    found.append(last_good(tmp_path, "weight".__eq__))
-    assert [path and path.name for path in found] == [None, "best.ckpt", "best.ckpt", "best.ckpt", "last.ckpt"]
+    def spoil_at_step_10(task):
+        if task.global_step == 10:
+            fill_a_weight(task)
+
+    with pytest.raises(ValueError, match=r"^the weights must be finite, got network\.head\.0\.weight .* after step 10"):
+        fit(tiny_recipe, tmp_path)
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+
+
+def test_infinite_gradients_under_a_scaler_are_no_fault(tiny_recipe, tmp_path, monkeypatch):
+    """As with float16: the scaled loss overflows, the loss does not, and the scaler leaves the update out."""
+    seen = []
+    check = CheckFinite.on_before_backward
+
+    def overflow(self, trainer, task, loss):
+        trainer.precision_plugin.scaler = object()
+        seen.append(trainer.global_step)
+        check(self, trainer, task, loss * float("inf") if trainer.global_step == 3 else loss)
+
+    monkeypatch.setattr(CheckFinite, "on_before_backward", overflow)
+    command = fit(tiny_recipe, tmp_path, "--trainer.max_steps", "6")
+    assert seen == list(range(6))
+    assert command.trainer.global_step == 6
+
+
+def test_a_loss_that_is_not_finite_ends_a_run_with_a_scaler(tiny_recipe, tmp_path, monkeypatch):
+    def scaled(task):
+        task.trainer.precision_plugin.scaler = object()
+        multiply_answers(float("nan"))(task)
+
+    before_step(monkeypatch, 2, scaled)
+    with pytest.raises(ValueError, match=r"^the loss must be finite, got nan in step 3 on batch 2"):
+        fit(tiny_recipe, tmp_path)

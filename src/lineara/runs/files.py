@@ -1,12 +1,13 @@
 """Files written whole or not at all, and folders written by one process at a time."""
 
-import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 
 @contextmanager
@@ -53,14 +54,16 @@ def save_figure(figure: Any, path: Path) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process prepares the folder; the system lets go of it however the process ends."""
+    """Wait until no other process prepares the folder; the lock ends with the process, however that ends."""
+    lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock.acquire()
     except OSError as error:
         raise type(error)(
             f"{folder} must be a folder that can be written, got {error.strerror or error}; set another data_root"
         ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
         yield
+    finally:
+        lock.release()

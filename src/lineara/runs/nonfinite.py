@@ -1,141 +1,82 @@
-"""Where a loss that is not finite comes from: the weights, the batch, a layer, or the loss itself.
+"""End a fit at the first loss or gradient that is not finite, before it reaches the weights."""
 
-The search runs the batch once more with a hook on every layer. It happens after the fact alone, and costs nothing
-before it.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
-RandomState = tuple[Tensor, Tensor | None]
-
-
-def random_state(device: torch.device) -> RandomState:
-    """What the random numbers of the next step depend on; nothing is waited for."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def find_cause(trainer: Trainer, task: LightningModule, batch: Any, batch_index: int, state: RandomState) -> str | None:
-    """Run a batch again whose loss was not finite, and say what was not finite first; None if nothing is now.
-
-    Every process must call it, if one does: layers may wait for each other.
-
-    Args:
-        trainer: of the run.
-        task: whose `training_step` is run, with nothing logged.
-        batch: what it was given, with the number `batch_index`.
-        state: by `random_state` before the step, so that what is dropped and drawn is the same.
-    """
-    first: list[str] = []
-
-    def watch(name: str, layer: nn.Module) -> RemovableHandle:
-        def look(layer: nn.Module, given: Any, answer: Any) -> None:
-            if not first and not _finite(answer):
-                first.append(f"the layer {name} ({type(layer).__name__}) was the first to answer so")
-
-        return layer.register_forward_hook(look)
-
-    handles = [watch(name, layer) for name, layer in task.named_modules() if name]
-    try:
-        with _as_before(task, state), trainer.precision_plugin.train_step_context(), torch.no_grad():
-            answer = task.training_step(batch, batch_index)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if weight := _first_weight(trainer, task):
-        return weight  # before the layers: the first one that uses it is no cause
-    if given := _first_in_batch(batch):
-        return f"{given} of the batch is not finite"
-    if first:
-        return first[0]
-    loss = answer["loss"] if isinstance(answer, Mapping) else answer
-    return None if loss is None or _finite(loss) else "the answers of all layers are finite, the loss itself is not"
+_ADVICE = (
+    "lower the learning rate, clip gradients by --trainer.gradient_clip_val, or call again with "
+    "--trainer.detect_anomaly true, which names the operation"
+)
 
 
-def first_nonfinite(named: Iterator[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor that holds something not finite; of a sharded one, this process's part counts."""
-    return next((name for name, tensor in named if not _finite(tensor)), None)
+class CheckFinite(Callback):
+    """Raise where the loss, the norm of the gradients, or a weight about to be saved is not finite.
 
+    Under a gradient scaler, as with 16-mixed, the scaler leaves out updates by gradients that are not finite: there the
+    loss alone counts.
 
-def last_good(folder: Path, counted: Callable[[str], bool]) -> Path | None:
-    """The newest checkpoint of a folder that holds nothing which is not finite, or None.
+    Cost: one pass over the gradients before each update. On a GPU nothing waits: the assertion fails on the device, a
+    few steps may have been issued by then, and torch's message holds the sentence without numbers.
 
     Args:
-        folder: of the checkpoints.
-        counted: whether a tensor of that name must be finite; the optimisers' memory must be in any case.
+        folder: of the checkpoints, named in the message.
     """
-    for path in sorted(folder.glob("[!.]*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-            weights = [weight for name, weight in content["state_dict"].items() if counted(name)]
-            if _finite(weights) and _finite([one["state"] for one in content["optimizer_states"]]):
-                return path
-        except Exception:  # whatever is wrong with it: it is no good one
-            continue
-    return None
+
+    def __init__(self, folder: Path | str) -> None:
+        self._last = Path(folder) / "last.ckpt"
+        self._batch = ""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        names = getattr(pl_module, "names_in", lambda batch: [])(batch)
+        self._batch = f"batch {batch_idx} of the epoch" + (f" ({', '.join(map(str, names))})" if names else "")
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if not _is_scaled(trainer):
+            self._check(trainer, "loss", loss.detach())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        gradients = [weight.grad for weight in pl_module.parameters() if weight.grad is not None]
+        if gradients and not _is_scaled(trainer):
+            norm = get_total_norm(gradients)
+            self._check(trainer, "norm of the gradients", getattr(norm, "full_tensor", lambda: norm)())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if loss is not None and _is_scaled(trainer):
+            self._check(trainer, "loss", loss.detach())
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep weights that are not finite from taking the place of good ones."""
+        names = {name for name, _ in pl_module.named_parameters()}
+        for name, tensor in checkpoint["state_dict"].items():
+            if (name in names or ".running_" in name) and not tensor.isfinite().all():
+                raise ValueError(
+                    f"the weights must be finite, got {name} that is not after step {trainer.global_step}; {_ADVICE}; "
+                    f"{self._kept()}"
+                )
+
+    def _check(self, trainer: Trainer, what: str, number: Tensor) -> None:
+        is_finite = number.isfinite().all()
+        if number.is_cuda:
+            torch._assert_async(is_finite, f"the {what} must be finite; {_ADVICE}; {self._kept()}")
+        elif not is_finite:
+            raise ValueError(
+                f"the {what} must be finite, got {number.item()} in step {trainer.global_step} on {self._batch}; "
+                f"{_ADVICE}; {self._kept()}"
+            )
+
+    def _kept(self) -> str:
+        return f"the last good checkpoint is {self._last if self._last.exists() else 'none yet'}"
 
 
-def _first_weight(trainer: Trainer, task: LightningModule) -> str | None:
-    name = first_nonfinite(task.named_parameters())
-    if name is None:
-        return None
-    weight = task.get_parameter(name)
-    moments = [
-        moment
-        for optimizer in trainer.optimizers
-        for moment in optimizer.state.get(weight, {}).values()
-        if isinstance(moment, Tensor) and moment.shape == weight.shape
-    ]
-    why = "" if all(map(_finite, moments)) else ", for its gradient was not"
-    return f"the weight {name} has not been finite since the step before{why}"
-
-
-def _first_in_batch(batch: Any, name: str = "") -> str | None:
-    """The first images or tokens that are not finite; truths may hold such values where they do not count."""
-    if not isinstance(batch, Mapping):
-        return None
-    inputs = [(key, batch[key]) for key in ("tokens", "image", "images", "left", "right") if key in batch]
-    return next((key for key, value in inputs if not _finite(value)), None)
-
-
-def _finite(value: Any) -> bool:
-    """Whether every floating-point number in tensors, and in lists and dicts of them, is finite."""
-    if isinstance(value, Tensor):
-        local = getattr(value, "to_local", None)
-        tensor = (value if local is None else local()).detach()
-        return not tensor.is_floating_point() or bool(tensor.isfinite().all())
-    if isinstance(value, Mapping):
-        return all(map(_finite, value.values()))
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return all(map(_finite, value))
-    return True
-
-
-@contextmanager
-def _as_before(task: LightningModule, state: RandomState) -> Iterator[None]:
-    """As the step began: its random numbers; and nothing of what happens inside stays: buffers, what is logged."""
-    after = random_state(task.device)
-    buffers = {name: buffer.clone() for name, buffer in task.named_buffers()}
-    task.log = lambda *_, **__: None  # type: ignore[method-assign]
-    _draw_from(state, task.device)
-    try:
-        yield
-    finally:
-        del task.log
-        _draw_from(after, task.device)
-        for name, buffer in task.named_buffers():
-            buffer.copy_(buffers[name])
-
-
-def _draw_from(state: RandomState, device: torch.device) -> None:
-    ours, devices = state
-    torch.set_rng_state(ours)
-    if devices is not None:
-        torch.cuda.set_rng_state(devices, device)
+def _is_scaled(trainer: Trainer) -> bool:
+    return getattr(trainer.precision_plugin, "scaler", None) is not None

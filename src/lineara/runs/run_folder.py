@@ -1,14 +1,14 @@
 """The folder of a run: one process's alone, and with room for what the run will write."""
 
-import fcntl
-import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
@@ -34,28 +34,24 @@ def own_folder(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_folder(run_dir: Path) -> Iterator[None]:
-    """Hold the run's folder for this process; the system lets go of it however the process ends."""
+    """Lock the run's folder for this process; the lock ends with the process, however that ends."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"run_dir must be a folder that no other `lineara fit` is writing to, got {run_dir}; wait for it, "
-                "or name another folder by --run_dir"
-            ) from error
-        # Processes that load data would hold the folder after a kill of this one, until they notice it.
-        os.register_at_fork(after_in_child=lock.close)
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"run_dir must be a folder that no other `lineara fit` is writing to, got {run_dir}; wait for it, "
+            "or name another folder by --run_dir"
+        ) from error
+    try:
         for leftover in (run_dir / "checkpoints").glob(".*.ckpt"):  # of a run that was killed while it wrote
             leftover.unlink()
-        _try_to_write(lock)
+        with tempfile.TemporaryFile(dir=run_dir) as file:
+            file.write(b" " * 4096)  # a full disk still makes empty files
         yield
-
-
-def _try_to_write(file: TextIO) -> None:
-    file.write(" " * 4096)  # a full disk still makes empty files
-    file.flush()
-    file.truncate(0)
+    finally:
+        lock.release()
 
 
 class RoomForCheckpoints(Callback):

@@ -1,6 +1,6 @@
-"""What ends a training run early, with its checkpoint in order: a signal, and a loss that is not finite.
+"""End a training run early by a signal, with its checkpoint in order.
 
-Both are agreed on by all processes in every step: a signal may reach one of them alone, and so may a bad batch.
+All processes agree on it in every step: a signal may reach one of them alone.
 """
 
 import signal
@@ -16,9 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lineara.runs.nonfinite import RandomState, find_cause, first_nonfinite, last_good, random_state
-
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # the first on Windows
 _GO_ON = "go on with the same command and --ckpt_path last"
 
 
@@ -29,16 +27,15 @@ class Stopped(SystemExit):
         super().__init__(128 + number)
 
 
-class StopInTime(Callback):
-    """Ends a fit by SIGTERM or SIGUSR1 behind a checkpoint, and by a loss that is not finite with its cause.
+class StopOnSignal(Callback):
+    """End a fit at SIGTERM or SIGUSR1, after a checkpoint.
 
-    A signal is acted on behind the step in which it comes, of all processes: the checkpoint is written, and the process
-    ends with the status 143 or 138. During validation, a single process acts behind the batch, and a resumed run
-    validates anew; several processes finish the validation, for none knows in which batch the others are.
+    All processes finish the step in which the signal comes, the checkpoint is written, and the process ends with the
+    status 143 or 138. During validation, a single process stops after the batch, and a resumed run validates from the
+    beginning; several processes finish the validation, since none knows in which batch the others are.
 
-    Cost: a step's loss is read once its backward pass has been issued, by when the forward pass is over: the device
-    has work to do meanwhile, and the update waits for nothing else. Several processes agree by one all-reduce of two
-    numbers, while the gradients travel.
+    Cost: several processes agree by one all-reduce of a number, while the gradients are reduced; one process does
+    nothing.
 
     Args:
         folder: of the checkpoints; `last.ckpt` is written there.
@@ -48,9 +45,7 @@ class StopInTime(Callback):
         self._last = Path(folder) / "last.ckpt"
         self._asked = 0  # the signal that this process was sent
         self._agreed = 0  # the one that all processes know of
-        self._read: Callable[[], list[float]] | None = None
-        self._state: RandomState | None = None
-        self._batch: tuple[Any, int] = (None, 0)
+        self._read: Callable[[], int] | None = None
         self._step = 0
         self._updated = True  # else gradients have been gathered that no checkpoint holds
         self._validation_is_cut = False
@@ -75,39 +70,19 @@ class StopInTime(Callback):
     # A step of training.
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._state, self._batch, self._step = random_state(pl_module.device), (batch, batch_idx), trainer.global_step
+        self._step = trainer.global_step
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        bad = (~loss.detach().isfinite()).any().float()
-        self._read = _agree(torch.stack([bad, torch.full_like(bad, self._asked)]), alone=trainer.world_size == 1)
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._read is not None, "there was a loss"
-        bad, number = self._read()
-        self._agreed = int(number)
-        if not bad:
-            return
-        assert self._state is not None
-        cause = find_cause(trainer, pl_module, *self._batch, self._state)
-        found = _first_of_all(trainer, cause and f"{_described(pl_module, *self._batch)}: {cause}")
-        if found is None and getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return  # the loss is finite, and was not when scaled: the scaler leaves this update out
-        if not trainer.is_global_zero:
-            raise SystemExit(2)  # one process says it
-        raise ValueError(
-            f"the loss must be finite, got one that is not in step {trainer.global_step} on "
-            f"{found or 'a batch with which it did not come again'}; lower the learning rate or clip gradients by "
-            f"--trainer.gradient_clip_val, or look at this batch; the last good checkpoint is {self._kept(pl_module)}"
-        )
+        if trainer.world_size > 1:
+            self._read = _largest(self._asked, loss.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._batch = (None, 0)
-        number = self._asked if trainer.world_size == 1 else self._agreed
+        self._agreed = self._asked if self._read is None else self._read()
         self._updated = trainer.global_step > self._step
-        if number and self._updated and not _is_done(trainer) and not _validates_now(trainer):
-            self._stop(trainer, number)
+        if self._agreed and self._updated and not _is_done(trainer) and not _validates_now(trainer):
+            self._stop(trainer, self._agreed)
 
     # Validation.
 
@@ -137,22 +112,8 @@ class StopInTime(Callback):
     # Checkpoints.
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep weights that are not finite from taking the place of good ones."""
-        weights = checkpoint["state_dict"]
-        counted = _counted(pl_module)
-        name = first_nonfinite((key, weights[key]) for key in weights if counted(key))
-        if name is not None:
-            raise ValueError(
-                f"the weights must be finite, got {name} that is not after step {trainer.global_step}; lower the "
-                "learning rate or clip gradients by --trainer.gradient_clip_val; the last good checkpoint is "
-                f"{self._kept(pl_module)}"
-            )
         if self._validation_is_cut:
-            _begin_validation_anew(checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"])
-
-    def _kept(self, task: LightningModule) -> str:
-        # Not `last.ckpt` unseen: the run may have gone on from one that was bad already.
-        return str(last_good(self._last.parent, _counted(task)) or "none yet")
+            _restart_validation(checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"])
 
     def _stop(self, trainer: Trainer, number: int) -> None:
         trainer.save_checkpoint(self._last, weights_only=False)
@@ -172,42 +133,22 @@ def _answer(handler: Any) -> None:
             signal.signal(number, handler)
 
 
-def _agree(flags: Tensor, *, alone: bool) -> Callable[[], list[float]]:
-    """Begin to bring the largest flags of all processes here; what is returned waits for them, and for no more."""
-    work = None if alone else torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, async_op=True)
-    if flags.device.type != "cuda":
-        return lambda: [work and work.wait(), flags.tolist()][1]  # type: ignore[return-value]
+def _largest(number: int, device: torch.device) -> Callable[[], int]:
+    """Begin to bring the largest number of all processes here; what is returned waits for it, and for no more."""
+    flag = torch.tensor(number, device=device)
+    work = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True)
+    assert work is not None
+    if device.type != "cuda":
+        return lambda: (work.wait(), int(flag))[1]
     # Beside the stream of the backward pass, which need not wait for this, nor this for it.
-    aside = torch.cuda.Stream(flags.device)
-    aside.wait_stream(torch.cuda.current_stream(flags.device))
+    aside = torch.cuda.Stream(device)
     with torch.cuda.stream(aside):
-        if work is not None:
-            work.wait()
-        here = torch.empty(flags.shape, pin_memory=True)
-        here.copy_(flags, non_blocking=True)
-        flags.record_stream(aside)
+        work.wait()
+        here = torch.empty((), dtype=flag.dtype, pin_memory=True)
+        here.copy_(flag, non_blocking=True)
+        flag.record_stream(aside)
         arrived = aside.record_event()
-    return lambda: [arrived.synchronize(), here.tolist()][1]  # type: ignore[return-value]
-
-
-def _first_of_all(trainer: Trainer, found: str | None) -> str | None:
-    """What the first process that found something says of it."""
-    if trainer.world_size == 1:
-        return found
-    all_found: list[str | None] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(all_found, found)
-    return next((f"process {rank}, {said}" for rank, said in enumerate(all_found) if said is not None), None)
-
-
-def _described(task: LightningModule, batch: Any, index: int) -> str:
-    names = getattr(task, "names_in", lambda batch: [])(batch)
-    return f"batch {index} of the epoch" + (f" ({', '.join(map(str, names))})" if names else "")
-
-
-def _counted(task: LightningModule) -> Callable[[str], bool]:
-    """Whether a tensor of a checkpoint must be finite: weights, and what batch normalisation has seen."""
-    weights = {name for name, _ in task.named_parameters()}
-    return lambda name: name in weights or ".running_" in name
+    return lambda: (arrived.synchronize(), int(here))[1]
 
 
 def _is_done(trainer: Trainer) -> bool:
@@ -224,7 +165,7 @@ def _validates_now(trainer: Trainer) -> bool:
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
 
 
-def _begin_validation_anew(progress: dict[str, Any]) -> None:
+def _restart_validation(progress: dict[str, Any]) -> None:
     """Make a checkpoint of the middle of a validation one of its first batch: it does not hold the scores so far."""
     progress["is_last_batch"] = False
     for name, done in (("total", progress["total"]["completed"]), ("current", 0)):

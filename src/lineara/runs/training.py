@@ -8,11 +8,13 @@ A run folder holds
     config.yaml                         the recipe of the last start, with every default filled in
 """
 
+import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -29,11 +31,11 @@ from lineara.runs.checkpoints import (
     choose_checkpoint,
     read_checkpoint,
 )
+from lineara.runs.nonfinite import CheckFinite
 from lineara.runs.parser_errors import one_sentence
-from lineara.runs.processes import Companions, started_by_another
 from lineara.runs.run_folder import RoomForCheckpoints, own_folder
 from lineara.runs.sharding import ShardedStrategy
-from lineara.runs.stopping import StopInTime, Stopped
+from lineara.runs.stopping import StopOnSignal, Stopped
 
 _WHERE_TO_TRAIN = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 
@@ -50,7 +52,6 @@ class TrainingCommand(LightningCLI):
 
     def __init__(self, args: list[str] | dict[str, Any], *, run: bool = True, instantiate: bool = True) -> None:
         self._instantiate = instantiate
-        self._companions = Companions()
         parser_options = {"exit_on_error": False, "dump_header": None}
         super().__init__(
             LightningModule,
@@ -104,6 +105,8 @@ class TrainingCommand(LightningCLI):
         kwargs["default_root_dir"] = str(run_dir)
         if self.subcommand is None:  # to look into the network, wherever the recipe is to be trained
             kwargs |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": None}
+        elif torch.distributed.is_torchelastic_launched():
+            kwargs |= {"devices": int(os.environ["LOCAL_WORLD_SIZE"]), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"])}
         if self.subcommand != "fit":
             kwargs["logger"] = False
         elif self._get(self.config, "trainer").logger is None:
@@ -134,7 +137,7 @@ class TrainingCommand(LightningCLI):
             # A second file, because with `save_last` Lightning writes it only when it writes a new best one.
             last = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=False)
             callbacks += [KeepRun(self._recipe(self.subcommand)), last, RoomForCheckpoints()]
-        callbacks += [self._companions, StopInTime(folder)]
+        callbacks += [CheckFinite(folder), StopOnSignal(folder)]
         return trainer
 
     def _check_strategy(self) -> None:
@@ -152,7 +155,7 @@ class TrainingCommand(LightningCLI):
             try:
                 self._together("fit", arguments)
             except Stopped:
-                if started_by_another():
+                if not self.trainer.is_global_zero:
                     raise SystemExit(0) from None  # the first process has the status; others must not seem to fail
                 raise
 
@@ -177,8 +180,16 @@ class TrainingCommand(LightningCLI):
     def _together(self, name: str, arguments: dict[str, Any]) -> None:
         if arguments.get("ckpt_path") is not None:
             check_usable(Path(arguments["ckpt_path"]), self.model, to_go_on=name == "fit")
-        with self._companions.watched(self.trainer):
+        try:
             getattr(self.trainer, name)(**arguments)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ChildProcessError(
+                f"the processes that load data must live until the run ends, got: {' '.join(str(error).split())}; "
+                "where memory ran out, lower --data.num_workers or the batch size, and go on with the same command and "
+                "--ckpt_path last"
+            ) from error
 
     def _recipe(self, subcommand: str) -> str:
         """The configuration of the run, without what belongs to this start of it."""
