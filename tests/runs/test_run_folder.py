@@ -1,7 +1,11 @@
 """The folder of a run: written by one process, and with room for its checkpoints, or refused before training."""
 
+import os
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,11 +111,27 @@ def test_the_estimate_is_what_tensors_take(optimizer, options, kept):
     assert sum(4 * moment.numel() for moment in moments) == weights * kept
 
 
-def test_processes_that_load_data_do_not_hold_the_folder(tmp_path, monkeypatch):
-    in_a_child = []
-    monkeypatch.setattr("os.register_at_fork", lambda after_in_child: in_a_child.append(after_in_child))
-    with locked_folder(tmp_path):
-        [let_go] = in_a_child
-        let_go()  # a child has a copy of the lock, here it is the lock itself
+KILLED_BEFORE_ITS_CHILD = """
+import os, signal, sys, time
+from pathlib import Path
+from lineara.runs.run_folder import locked_folder
+
+with locked_folder(Path(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        os.close(1)
+        time.sleep(60)
+        os._exit(0)
+    print(child, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_that_load_data_do_not_hold_the_folder(tmp_path):
+    words = [sys.executable, "-c", KILLED_BEFORE_ITS_CHILD, str(tmp_path)]
+    child = int(subprocess.run(words, stdout=subprocess.PIPE, check=False, timeout=60).stdout)
+    try:
         with locked_folder(tmp_path):
-            pass
+            os.kill(child, 0)  # it lives
+    finally:
+        os.kill(child, signal.SIGKILL)
