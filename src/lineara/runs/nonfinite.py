@@ -67,7 +67,9 @@ class CheckFinite(Callback):
     def _check(self, trainer: Trainer, what: str, number: Tensor) -> None:
         is_finite = number.isfinite().all()
         if number.is_cuda:
-            torch._assert_async(is_finite, f"the {what} must be finite; {_ADVICE}; {self._kept()}")
+            torch._assert_async(  # pyright: ignore[reportPrivateImportUsage]
+                is_finite, f"the {what} must be finite; {_ADVICE}; {self._kept()}"
+            )
         elif not is_finite:
             raise ValueError(
                 f"the {what} must be finite, got {number.item()} in step {trainer.global_step} on {self._batch}; "
