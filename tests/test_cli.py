@@ -657,3 +657,60 @@ def test_what_cannot_be_compared_is_refused(mistake):
     assert_match("seeds must differ from each other, got 1 twice", mistake("compare", recipe, "--seeds", 1, 1))
     assert_match("an override must be KEY=VALUE", mistake("compare", recipe, "--override", "trainer.max_steps"))
     assert files() == ["recipe.yaml"]
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["--trainer.max_step", "5"], "--trainer.max_steps"),  # which is no abbreviation
+        (["--trainer.max_epoch=5"], "--trainer.max_epochs"),
+        (["--model.warmup_step", "5"], "warmup_steps"),
+        (["--data.batch_siz", "5"], "batch_size"),
+    ],
+    ids=str,
+)
+def test_an_unknown_option_is_refused_with_what_was_perhaps_meant(mistake, words, near):
+    Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    assert f"did you mean {near}" in mistake("fit", "--config", "recipe.yaml", *words)
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["data", "listops", "--num_trai", "3"], ["data", "listops", "--num_trai=3"]], ids=str
+)
+def test_so_it_is_of_data(mistake, words):
+    assert "did you mean --num_train" in mistake(*words)
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--config", "recipe.yaml", "-h"]], ids=str)
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_help_is_one_page_and_names_the_longer_one(call, command, words):
+    status, page, _ = call(command, *words)
+    assert status == 0
+    assert f"usage: lineara {command} --config RECIPE" in page
+    assert len(page.splitlines()) < 30
+    assert "--help-all" in page
+
+
+def test_all_options_are_there_too(call):
+    assert "--trainer.gradient_clip_val" in call("fit", "--help-all")[1]
+
+
+def test_a_recipe_is_found_by_its_name(call):
+    Path("recipes/tiny").mkdir(parents=True)
+    Path("recipes/tiny/by_name.yaml").write_text(yaml.safe_dump(RECIPE))
+    status, printed, _ = call("fit", "--config", "by_name", "--print_config")
+    assert status == 0
+    assert yaml.safe_load(printed)["data"]["init_args"]["batch_size"] == 10
+
+
+def test_an_interrupted_run_is_named_where_its_best_checkpoint_is_missing(mistake):
+    Path("recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    Path("run/checkpoints").mkdir(parents=True)
+    assert "train first with `lineara fit`" in mistake("predict", "--config", "recipe.yaml")
+    Path("run/checkpoints/last.ckpt").touch()
+    assert "run/checkpoints/last.ckpt of a run that was interrupted" in mistake("predict", "--config", "recipe.yaml")

@@ -35,6 +35,26 @@ _SETS = {
     "eth3d": ("stereo_depth", "ETH3DData", "grey pairs of buildings and rooms: check"),
     "motorcycle": ("stereo_depth", "MotorcycleData", "scikit-image's pair of a motorcycle: write"),
 }
+_HELP = """\
+usage: lineara {command} --config RECIPE [options]
+
+{purpose}
+
+  --config RECIPE        a YAML file, or the name of one in recipes/*/; several are read in order
+  --run_dir FOLDER       where the run's files are: checkpoints, metrics, its recipe with all defaults
+  --ckpt_path PATH       a checkpoint, or last or best of the run; fit goes on from it
+  --KEY.KEY VALUE        override any setting of the recipe, such as --trainer.max_steps 1000, --data.batch_size 16,
+                         --model.init_args.peak_lr 1e-3
+  --trainer.devices N    processes or GPUs of this machine; --trainer.strategy ddp or fsdp
+  --print_config         print the recipe with all overrides and defaults, and do nothing
+  --help-all             every option of the trainer
+
+examples:
+  lineara fit --config listops_demo                        train by recipes/*/listops_demo.yaml
+  lineara fit --config listops_demo --ckpt_path last       go on after an interruption
+  lineara test --config listops_demo                       measure its best checkpoint
+  torchrun --nproc-per-node 2 $(which lineara) fit --config listops_demo      two processes, which torchrun watches
+"""
 _EXAMPLES = """\
 examples:
   lineara data listops                                    generate Long Range Arena's ListOps
@@ -92,12 +112,17 @@ def _parser() -> ArgumentParser:
         description="Attention whose cost grows linearly with the number of positions: train, test, draw, measure.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"lineara {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, purpose in _TRAINING.items():
         commands.add_parser(name, help=purpose)
-    _add_compare(commands.add_parser("compare", help="train and test several recipes that differ in the network alone"))
+    _add_compare(
+        commands.add_parser(
+            "compare", help="train and test several recipes that differ in the network", allow_abbrev=False
+        )
+    )
     _add_data(commands.add_parser("data", help="generate or check a data set"))
     _add_draw(commands.add_parser("draw", help="draw learning curves, attention maps, routing, costs or images"))
     commands.add_parser("bench", help="measure time and memory of attention")
@@ -131,7 +156,7 @@ def _add_draw(parser: ArgumentParser) -> None:
         ("cost", (_draw_cost, "--costs", "written by `lineara bench cost`", Path), "time and memory against length"),
         ("examples", (_draw_examples, "--set", "pathfinder, digits or image", str), "images of a set and their labels"),
     ):
-        picture = pictures.add_parser(name, help=purpose)
+        picture = pictures.add_parser(name, help=purpose, allow_abbrev=False)
         sources = picture.add_mutually_exclusive_group(required=True) if name == "maps" else picture
         sources.add_argument(source, type=kind, required=name != "maps", help=meaning)
         if name == "maps":
@@ -150,11 +175,24 @@ def _add_draw(parser: ArgumentParser) -> None:
 
 
 def _train(arguments: list[str]) -> None:
+    command = arguments[0]
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        print(_HELP.format(command=command, purpose=_TRAINING[command]))
+        return
+    from lineara.runs.comparison import find_recipe
     from lineara.runs.training import TrainingCommand
 
     _leave_out_advice()
+    words = ["--help" if word == "--help-all" else word for word in arguments]
+    for i, word in enumerate(words):
+        if word.startswith("--config="):
+            words[i] = f"--config={find_recipe(word.removeprefix('--config='))}"
+        elif i and words[i - 1] in ("-c", "--config"):
+            words[i] = str(find_recipe(word))
     try:
-        TrainingCommand(arguments)
+        done = TrainingCommand(words)
+        if command == "fit" and done.trainer.is_global_zero:
+            print(f"run: {done.trainer.default_root_dir}")
     except SystemExit as ended:  # Lightning's answer to an interruption
         if isinstance(ended.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from ended
@@ -193,12 +231,15 @@ def _data(name: str, words: list[str]) -> None:
     kind = getattr(import_module(f"lineara.tasks.{drawer}"), kind)
     import jsonargparse  # after lineara.tasks, which says which extra is missing
 
-    parser = jsonargparse.ArgumentParser(prog=f"lineara data {name}", exit_on_error=False)
+    from lineara.runs.parser_errors import one_sentence
+
+    parser = jsonargparse.ArgumentParser(prog=f"lineara data {name}", exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(kind, skip=set(kind.only_in_training))
     try:
         options = parser.parse_args(words)
     except jsonargparse.ArgumentError as error:
-        raise ValueError(f"{error}; see `lineara data {name} --help`") from error
+        reason = one_sentence(str(error), parser._option_string_actions)
+        raise ValueError(f"{reason}; see `lineara data {name} --help`") from error
     for line in kind(**options.as_dict()).summary():
         print(line, flush=True)
 

@@ -16,9 +16,13 @@ def bench(words: Sequence[str], *, progress: Callable[[str], object]) -> None:
         words: a study and its options.
         progress: called with one line of text after each case.
     """
-    parser = ArgumentParser(prog="lineara bench", description="Measure what attention costs.")
+    parser = ArgumentParser(prog="lineara bench", description="Measure what attention costs.", allow_abbrev=False)
     studies = parser.add_subparsers(title="studies", metavar="STUDY", required=True)
-    _add_cost(studies.add_parser("cost", help=_COST, description=_COST, formatter_class=ArgumentDefaultsHelpFormatter))
+    _add_cost(
+        studies.add_parser(
+            "cost", help=_COST, description=_COST, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        )
+    )
     if list(words[:1]) == ["attention"]:
         raise ValueError(
             "a study of lineara bench must be cost, got attention; from a checkout of the repository run "

@@ -83,6 +83,12 @@ def choose_checkpoint(subcommand: str, run_dir: Path, given: str | None) -> Path
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
+        last = path.with_name("last.ckpt")
+        if path.name == "best.ckpt" and last.is_file():
+            raise FileNotFoundError(
+                f"{path} must be a checkpoint, got no such file, but {last} of a run that was interrupted; use "
+                "that one by --ckpt_path last, or go on with `lineara fit` and --ckpt_path last"
+            )
         raise FileNotFoundError(
             f"{path} must be a checkpoint, got no such file; train first with `lineara fit`, or name another file"
         )

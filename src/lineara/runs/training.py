@@ -52,7 +52,7 @@ class TrainingCommand(LightningCLI):
 
     def __init__(self, args: list[str] | dict[str, Any], *, run: bool = True, instantiate: bool = True) -> None:
         self._instantiate = instantiate
-        parser_options = {"exit_on_error": False, "dump_header": None}
+        parser_options = {"exit_on_error": False, "dump_header": None, "allow_abbrev": False}
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -86,7 +86,7 @@ class TrainingCommand(LightningCLI):
         try:
             self.config = parser.parse_object(args) if isinstance(args, dict) else parser.parse_args(args)
         except ArgumentError as error:
-            raise ValueError(one_sentence(str(error))) from error
+            raise ValueError(one_sentence(str(error), self._options(args))) from error
         except UnicodeDecodeError as error:
             raise ValueError(f"a recipe must be a text file in UTF-8, got one that is not: {error}") from error
         if subcommand := self.config.get("subcommand"):
@@ -95,6 +95,12 @@ class TrainingCommand(LightningCLI):
             if checkpoint is not None:
                 _check_network(self._recipe(subcommand), checkpoint)
             config.ckpt_path = None if checkpoint is None else str(checkpoint)
+
+    def _options(self, args: list[str] | dict[str, Any]) -> list[str]:
+        """The options of the subcommand that was asked for."""
+        name = args[0] if isinstance(args, list) and args else ""
+        parsers: dict[str, LightningArgumentParser] = getattr(self, "_subcommand_parsers", {})
+        return list(parsers[name]._option_string_actions) if name in parsers else []
 
     def instantiate_classes(self) -> None:
         if self._instantiate:
