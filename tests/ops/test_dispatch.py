@@ -100,6 +100,26 @@ def test_the_shortest_way_is_the_reference(change, gradients):
     torch.testing.assert_close(*results, equal_nan=True)
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="needs a CPU with instructions for bfloat16")
+@pytest.mark.parametrize("options", [{}, {"scale": 0.5}, {"key_mask": torch.arange(600).expand(2, -1) < 500}], ids=str)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_bfloat16_loses_no_more_than_torch_does(ran, options, gradients):
+    """From 2^18 elements on, where float32 has formulas of its own for gradients."""
+    inputs = [torch.randn(2, 4, 600, 64).bfloat16().requires_grad_(gradients) for _ in range(3)]
+    assert explain_implementation(*inputs).startswith("reference")
+    output = efficient_attention(*inputs, **options)
+    assert ran == {"reference"}
+    wide = [tensor.detach().double().requires_grad_(gradients) for tensor in inputs]
+    expected = efficient_attention(*wide, impl="reference", **options)
+    found, right = [output], [expected]
+    if gradients:
+        found += torch.autograd.grad(output.sum(), inputs)
+        right += torch.autograd.grad(expected.sum(), wide)
+    for tensor, truth in zip(found, right):
+        assert tensor.dtype == torch.bfloat16
+        assert (tensor.double() - truth).norm() <= 0.02 * truth.norm() + 1e-6
+
+
 @pytest.mark.parametrize(("positions", "picked"), [(255, "reference"), (256, "streaming")])
 def test_many_short_sequences_run_the_reference(positions, picked, ran):
     query, key, value = (torch.randn(33, 8, positions, 32) for _ in range(3))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lineara.ops.checks import IMPLEMENTATIONS, check_choice, check_tensor
-from lineara.ops.tracing import is_exporting, is_traced, needs_gradients_alone, transform_of
+from lineara.ops.tracing import is_exporting, is_traced, multiplies_bfloat16, needs_gradients_alone, transform_of
 
 # "one block" is how "streaming" computes what is to be differentiated and fits into one block.
 _MODULES = {
@@ -69,7 +69,7 @@ def choose_implementation(operation: str, impl: str, query: Tensor, value: Tenso
 
 
 def is_short(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the reference runs on float32 tensors as they are: all questions above and in `checks`, answered at once.
+    """Whether the reference runs on tensors as they are: all questions above and in `checks`, answered at once.
 
     To ask them one by one takes longer than the arithmetic of a short sequence.
     """
@@ -82,12 +82,15 @@ def is_short(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     batch, heads, num_queries, key_dim = shape
     num_keys, value_dim = value_shape[2:]
+    bfloat16 = multiplies_bfloat16(query)
+    limit = _ONE_BLOCK_ELEMENTS if bfloat16 else _FORMULA_ELEMENTS
     return (
         key_shape == (batch, heads, num_keys, key_dim)
         and value_shape[:2] == shape[:2]
-        and 0 < key_dim * batch * heads * max(num_queries, num_keys) < _FORMULA_ELEMENTS
-        and 0 < value_dim * batch * heads * num_keys < _FORMULA_ELEMENTS
-        and query.dtype is key.dtype is value.dtype is torch.float32
+        and key_dim > 0 < value_dim
+        and 0 < max(key_dim * num_queries, key_dim * num_keys, value_dim * num_keys) * batch * heads < limit
+        and query.dtype is key.dtype is value.dtype
+        and (query.dtype is torch.float32 or bfloat16)
         and query.layout is key.layout is value.layout is torch.strided
         and not torch.is_autocast_enabled("cpu")
     )
@@ -171,6 +174,8 @@ def _rule(operation: str, query: Tensor, value: Tensor, *others: Tensor | None) 
 def _is_one_block(seen: Sequence[Tensor]) -> bool:
     if is_traced():  # when no size may be looked at
         return False
+    if multiplies_bfloat16(seen[0]):
+        return False  # formulas are for float32
     return _FORMULA_ELEMENTS <= _elements(seen) <= _ONE_BLOCK_ELEMENTS and needs_gradients_alone(seen)
 
 

@@ -98,7 +98,8 @@ def efficient_attention(
 
     Returns:
         (batch, heads, query positions, value channels), in the dtype of the inputs. Sums are kept in float32, or in
-        float64 for float64 inputs.
+        float64 for float64 inputs. A CPU with instructions for bfloat16 multiplies it: short sequences (up to 2 Mi
+        elements) are summed in float32, and the context matrix is rounded to bfloat16, as by torch's own products.
 
     Raises:
         ValueError: for shapes or devices that do not fit, an unknown `normalization` or `impl`, or a group that this

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lineara.ops.library import LIBRARY
+from lineara.ops.tracing import multiplies_bfloat16
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -18,6 +19,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def widened(tensor: Tensor) -> Tensor:
     """The tensor in the dtype of sums."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def as_factor(tensor: Tensor, scale: float = 1.0) -> Tensor:
+    """scale * tensor, of bfloat16 where this processor multiplies it, summing in float32, else in the dtype of sums."""
+    return tensor if scale == 1.0 and multiplies_bfloat16(tensor) else times_scale(tensor, scale)
 
 
 def times_scale(tensor: Tensor, scale: float) -> Tensor:

@@ -4,6 +4,7 @@ Private names of torch stand here alone.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -48,6 +49,20 @@ def may_overwrite(*tensors: Tensor) -> bool:
         return False
     functorch = torch._C._functorch  # pyright: ignore - private
     return not any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)  # pyright: ignore - private
+
+
+def multiplies_bfloat16(tensor: Tensor) -> bool:
+    """Whether a tensor is of bfloat16 on a processor with instructions for it; an exported graph knows no processor."""
+    return tensor.dtype is torch.bfloat16 and tensor.is_cpu and not is_exporting() and _has_bfloat16()
+
+
+@cache
+def _has_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()  # pyright: ignore - private
+
+
+# What torch.compiler.assume_constant_result does, which takes a second to import.
+_has_bfloat16._dynamo_marked_constant = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_watched(tensors: Sequence[Tensor]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lineara.ops.linear.feature_maps import Summary, feature_map
 from lineara.ops.linear.layout import product, softmax
 from lineara.ops.packed import Positions, Row, by_sequence, stacked
-from lineara.ops.precision import accumulation_dtype, times_scale, widened
+from lineara.ops.precision import accumulation_dtype, as_factor, times_scale, widened
 from lineara.ops.tracing import transform_of
 
 # Whether `summarize` takes a `window`, and compresses by means itself.
@@ -64,7 +64,7 @@ def context_of(
     if cu_seqlens is not None or not feature_map(name).has_maximum:
         _, total, weighted_sum = summarize(key, value, key_mask, cu_seqlens, name, scale)
         return quotient(weighted_sum, total)
-    key, value = times_scale(key, scale), widened(value)
+    key, value = as_factor(key, scale), as_factor(value)
     hidden = None if key_mask is None else ~key_mask[:, None, :, None]  # (B, 1, M, 1)
     if hidden is not None:
         key = key.masked_fill(hidden, -torch.inf)
@@ -72,10 +72,10 @@ def context_of(
         if exact or value.requires_grad or key.requires_grad or transform_of(key, value):
             value = value.masked_fill(hidden, 0.0)
     if not exact:
-        return softmax(key, 2).mT @ value
+        return softmax(key, 2).to(value.dtype).mT @ value
     # The gradient of a NaN is NaN, so that the softmax of such a channel must not be one in the first place.
     silent = (position_maximum(key) == -torch.inf)[:, :, None, :]
-    return softmax(key.masked_fill(silent, 0.0), 2).masked_fill(silent, 0.0).mT @ value
+    return softmax(key.masked_fill(silent, 0.0), 2).masked_fill(silent, 0.0).to(value.dtype).mT @ value
 
 
 def efficient_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
@@ -102,11 +102,13 @@ def attend(
         tensors = Positions(query), Row(total), Row(weighted_sum), Positions(gate)
         return torch.cat(by_sequence(attend, cu_seqlens, *tensors, None, name, scale), dim=2)
     phi = feature_map(name)
-    weights = phi.of(times_scale(query, scale))  # (B, H, N, K)
     if phi.divides_context:
-        output = product(weights, weighted_sum if total is None else quotient(weighted_sum, total))  # (B, H, N, V)
+        context = weighted_sum if total is None else quotient(weighted_sum, total)
+        weights = phi.of(as_factor(query, scale)).to(context.dtype)  # (B, H, N, K)
+        output = product(weights, context)  # (B, H, N, V)
     else:
         assert total is not None, "only divided contexts have none"
+        weights = phi.of(times_scale(query, scale))  # (B, H, N, K)
         denominator = weights @ total[..., None]  # (B, H, N, 1)
         # (A division, because the gradient of a reciprocal squares it, which overflows early.)
         undefined = denominator < torch.finfo(denominator.dtype).tiny
