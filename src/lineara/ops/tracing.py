@@ -4,7 +4,6 @@ Private names of torch stand here alone.
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -53,16 +52,7 @@ def may_overwrite(*tensors: Tensor) -> bool:
 
 def multiplies_bfloat16(tensor: Tensor) -> bool:
     """Whether a tensor is of bfloat16 on a processor with instructions for it; an exported graph knows no processor."""
-    return tensor.dtype is torch.bfloat16 and tensor.is_cpu and not is_exporting() and _has_bfloat16()
-
-
-@cache
-def _has_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported()  # pyright: ignore - private
-
-
-# What torch.compiler.assume_constant_result does, which takes a second to import.
-_has_bfloat16._dynamo_marked_constant = True  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor.dtype is torch.bfloat16 and tensor.is_cpu and _HAS_BFLOAT16 and not is_exporting()
 
 
 def is_watched(tensors: Sequence[Tensor]) -> bool:
@@ -86,6 +76,7 @@ def needs_gradients_alone(tensors: Sequence[Tensor]) -> bool:
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # pyright: ignore - private
 
 
 def _has_tangent(tensor: Tensor) -> bool:
