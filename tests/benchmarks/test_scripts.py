@@ -9,7 +9,7 @@ import torch
 
 from lineara.ops import efficient_attention
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def script(name):
