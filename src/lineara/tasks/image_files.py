@@ -7,7 +7,7 @@ from pathlib import Path
 
 try:
     import numpy as np
-    from PIL import Image
+    from PIL import ExifTags, Image
     from torch import Tensor
     from torchvision.transforms.v2.functional import pil_to_tensor
 except ImportError as error:
@@ -16,6 +16,16 @@ except ImportError as error:
         "pip install 'lineara[train,vision]'"
     ) from error
 
+# What turns an image of each EXIF orientation upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # As torchvision's data sets.
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -36,12 +46,15 @@ class BrokenImageError(ValueError):
     """An image file that cannot be read; the sentence names it."""
 
 
-def read_image(path: Path | str) -> Image.Image:
+def read_image(path: Path | str, *, apply_exif: bool = True) -> Image.Image:
     """The image as colours (mode RGB).
 
     Grey, palette and CMYK images become red, green and blue; a transparent part keeps the colour below it; of 16 bits,
-    the upper 8 count. A note in the file that the camera was turned (EXIF) is ignored, as COCO's tools do: its
-    annotations lie on the pixels as they are stored.
+    the upper 8 count. The image is turned upright by its EXIF orientation, as viewers show it.
+
+    Args:
+        path: the file.
+        apply_exif: False keeps the pixels as they are stored.
 
     Raises:
         BrokenImageError: it is missing, no image, cut off, or has values that are no colours.
@@ -49,15 +62,15 @@ def read_image(path: Path | str) -> Image.Image:
     try:
         # Pillow warns of damaged notes and of transparency, of which nothing is used here; damaged pixels raise.
         with warnings.catch_warnings(action="ignore", category=UserWarning), Image.open(path) as image:
-            return _as_colours(image)
+            return _upright(_as_colours(image), image) if apply_exif else _as_colours(image)
     except DAMAGE as error:
         reason = "no image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else _words(error)
         raise BrokenImageError(f"{path} must be an image that can be read, got {reason}") from error
 
 
-def read_pixels(path: Path | str) -> Tensor:
+def read_pixels(path: Path | str, *, apply_exif: bool = True) -> Tensor:
     """The colours (3, height, width), uint8, of `read_image`."""
-    return pil_to_tensor(read_image(path)).contiguous()
+    return pil_to_tensor(read_image(path, apply_exif=apply_exif)).contiguous()
 
 
 def list_images(folder: Path | str) -> list[Path]:
@@ -74,6 +87,15 @@ def list_images(folder: Path | str) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"{folder} must hold images ({', '.join(_SUFFIXES)}), got none; name another one")
     return found
+
+
+def _upright(colours: Image.Image, image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DAMAGE:  # of the notes alone: the pixels have been read
+        return colours
+    turn = _TURNS.get(orientation)
+    return colours if turn is None else colours.transpose(turn)
 
 
 def _as_colours(image: Image.Image) -> Image.Image:

@@ -67,9 +67,7 @@ def test_the_parts_are_the_photograph_and_cut_no_coin(folder):
     photograph, masks = coins()
     parts, found, top = [], 0, 0
     for split, number in zip(SPLITS, (12, 6, 6)):
-        content = read_annotations(
-            folder / "annotations" / f"{split}.json", image_folder=folder / "images", num_classes=2
-        )
+        content = read_annotations(folder / "annotations" / f"{split}.json", image_folder=folder / "images")
         (image,) = content["images"]
         parts.append(np.array(Image.open(folder / "images" / image["file_name"])))
         assert parts[-1].shape == (image["height"], image["width"])

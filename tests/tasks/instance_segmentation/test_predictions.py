@@ -14,7 +14,12 @@ from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 
 from lineara.tasks.instance_segmentation.metrics import STATISTICS, Evaluation
-from lineara.tasks.instance_segmentation.predictions import PredictionFolder, statistics_table, write_evaluation
+from lineara.tasks.instance_segmentation.predictions import (
+    PredictionFolder,
+    statistics_table,
+    write_evaluation,
+    write_results,
+)
 
 HEIGHT, WIDTH = 503, 617
 NAMES = {3: "cup", 11: "coin"}
@@ -71,11 +76,12 @@ def test_a_test_leaves_results_statistics_and_a_table_of_classes(tmp_path):
     run_dir, evaluation = tmp_path / "run", make_evaluation()
     results = [{"image_id": 7, "category_id": 11, "bbox": [1.5, 2.0, 3.0, 4.0], "score": 0.1}]
     for _ in range(2):  # a second test replaces the first
-        write_evaluation(run_dir, results, evaluation, num_images=17)
+        write_results(run_dir, results)
+        write_evaluation(run_dir, evaluation, num_images=17, left_out=5)
     assert sorted(path.name for path in run_dir.iterdir()) == ["per_class.csv", "results.json", "statistics.json"]
     assert json.loads((run_dir / "results.json").read_text()) == results
     statistics = json.loads((run_dir / "statistics.json").read_text(), parse_constant=pytest.fail)
-    assert statistics.pop("images") == 17
+    assert (statistics.pop("images"), statistics.pop("left_out")) == (17, 5)
     assert statistics.pop("mask_ap_large") is statistics.pop("mask_ar_large") is None
     assert statistics == {name: value for name, value in evaluation.statistics.items() if not math.isnan(value)}
     assert len(statistics) == 22
@@ -88,7 +94,7 @@ def test_a_test_leaves_results_statistics_and_a_table_of_classes(tmp_path):
 
 
 def test_a_disk_that_is_full_leaves_the_old_results(tmp_path, monkeypatch):
-    write_evaluation(tmp_path, [], make_evaluation(), num_images=17)
+    write_evaluation(tmp_path, make_evaluation(), num_images=17)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fill_the_disk(content, file):
@@ -97,7 +103,7 @@ def test_a_disk_that_is_full_leaves_the_old_results(tmp_path, monkeypatch):
 
     monkeypatch.setattr(json, "dump", fill_the_disk)
     with pytest.raises(OSError, match=r"results\.json must be writable, got No space left on device"):
-        write_evaluation(tmp_path, [{"image_id": 1}], make_evaluation(), num_images=1)
+        write_results(tmp_path, [{"image_id": 1}])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -9,12 +9,32 @@ import numpy.typing as npt
 from faster_coco_eval.core import mask as run_lengths
 
 _IMAGE_KEYS = ("id", "file_name", "height", "width")
+_WHOLE = ("id", "image_id", "category_id", "height", "width", "iscrowd")
 _ANNOTATION_KEYS = ("id", "image_id", "category_id", "bbox", "segmentation")
 _LONGEST_QUOTE = 60
 _LARGEST_ID = 2**63 - 1  # what 64 bits hold
 _NUMBERS = {int, float}  # and not bool, which Python counts among the whole numbers
 
 Entry = dict[str, Any]
+
+
+def normalized(entry: Any) -> Any:
+    """The entry with whole numbers where a tool wrote 1.0, and 0 or 1 where it wrote false or true for iscrowd."""
+    if not isinstance(entry, dict):
+        return entry
+    changed = {key: int(entry[key]) for key in _WHOLE if type(entry.get(key)) is float and entry[key].is_integer()}
+    if type(entry.get("iscrowd")) is bool:
+        changed["iscrowd"] = int(entry["iscrowd"])
+    return entry | changed if changed else entry
+
+
+def without_stray_parts(entry: Any) -> Any:
+    """The annotation without polygons of fewer than 3 points, where others remain."""
+    polygons = entry.get("segmentation") if isinstance(entry, dict) else None
+    if not isinstance(polygons, list):
+        return entry
+    kept = [polygon for polygon in polygons if not isinstance(polygon, list) or len(polygon) >= 6]
+    return entry | {"segmentation": kept} if kept and len(kept) < len(polygons) else entry
 
 
 def image_complaint(entry: Any) -> str | None:
@@ -30,17 +50,13 @@ def image_complaint(entry: Any) -> str | None:
     return None
 
 
-def category_complaint(entry: Any, num_classes: int | None) -> str | None:
+def category_complaint(entry: Any) -> str | None:
     """What is wrong with a category, or None."""
     why = _complaint_about_keys(entry, ("id", "name"))
     if why is not None:
         return why
     if not isinstance(entry["name"], str):
         return f"name must be text, got {_quoted(entry['name'])}"
-    if entry["id"] < 1:
-        return f"its id must be at least 1, since 0 is the background, got {entry['id']}"
-    if num_classes is not None and entry["id"] >= num_classes:
-        return f"its id must be below num_classes = {num_classes}, got {entry['id']}"
     return None
 
 

@@ -7,6 +7,8 @@ A file is one JSON object, of which these keys count:
                   "segmentation", "iscrowd": 0 or 1, 0 if missing, "area" in pixels, the mask's if missing}
     categories    list of {"id", "name"}
 
+A file of test images, such as COCO's image_info_test-dev2017.json, has no list of annotations.
+
 A segmentation is a list of polygons [x, y, x, y, ...], or a run-length encoding {"size": [height, width], "counts"}
 whose counts are a list of numbers, or COCO's text.
 """
@@ -14,6 +16,7 @@ whose counts are a list of numbers, or COCO's text.
 import gc
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +28,8 @@ from lineara.tasks.instance_segmentation.coco_entries import (
     category_complaint,
     image_complaint,
     mask_area,
+    normalized,
+    without_stray_parts,
 )
 
 _SHOWN = 10
@@ -37,7 +42,6 @@ def read_annotations(
     path: Path | str,
     *,
     image_folder: Path | str | None = None,
-    num_classes: int | None = None,
     skip_broken: bool = False,
 ) -> Entry:
     """The images, annotations and categories of a file, all of them checked.
@@ -45,12 +49,12 @@ def read_annotations(
     Args:
         path: the file.
         image_folder: where every image must lie; None does not look.
-        num_classes: category ids must lie between 1 and num_classes - 1, since 0 is the background; None allows more.
         skip_broken: leave out broken images, with their annotations, and broken annotations, and warn of each, of more
             than 10 by their number. Otherwise only the two flat objects of COCO's own training file are left out.
 
     Returns:
-        {"images", "annotations", "categories"}, with iscrowd and area in every annotation.
+        {"images", "annotations", "categories"}, with iscrowd and area in every annotation; "annotations" is None where
+        the file has no such list. "num_left_out" images were left out.
 
     Raises:
         FileNotFoundError: there is no such file, or an image is missing.
@@ -60,12 +64,19 @@ def read_annotations(
     with without_garbage_collection():
         content = _read(path)
         broken = BrokenItems(are_counted=True)
-        categories = _checked(path, "category", content["categories"], lambda e: category_complaint(e, num_classes))
+        categories = _checked(path, "category", content["categories"], category_complaint)
         if not categories:
             raise ValueError(
                 f"{path} must list at least one category, got none; add those of its objects, or name another file"
             )
-        images = _checked(path, "image", content["images"], image_complaint, broken if skip_broken else None)
+        uses = Counter(_id(entry) for entry in content["images"])
+
+        def complaint_of_image(entry: Any) -> str | None:
+            if _id(entry) is not None and uses[_id(entry)] > 1:
+                return "its id must be its own, got one that another image has"
+            return image_complaint(entry)
+
+        images = _checked(path, "image", content["images"], complaint_of_image, broken if skip_broken else None)
         if image_folder is not None:
             images = _present(path, images, Path(image_folder), broken if skip_broken else None)
         # Their image is reported; each of them need not be.
@@ -74,9 +85,17 @@ def read_annotations(
         def complaint(entry: Any) -> str | None:
             return annotation_complaint(entry, images, categories)
 
+        whole = list(map(without_stray_parts, content["annotations"] or ()))
+        stray = sum(entry is not before for entry, before in zip(whole, content["annotations"] or ()))
+        if stray:
+            warnings.warn(
+                f"{path}: polygons of fewer than 3 points are left out of {stray} annotations",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         given = [
             entry
-            for entry in content["annotations"]
+            for entry in whole
             if _id(entry, "image_id") not in left_out and not _is_published_fault(path, entry, broken)
         ]
         annotations = _checked(path, "annotation", given, complaint, broken if skip_broken else None)
@@ -85,8 +104,9 @@ def read_annotations(
     broken.tell_of_the_rest(path)
     return {
         "images": list(images.values()),
-        "annotations": list(annotations.values()),
+        "annotations": None if content["annotations"] is None else list(annotations.values()),
         "categories": list(categories.values()),
+        "num_left_out": len(content["images"]) - len(images),
     }
 
 
@@ -134,7 +154,13 @@ def _read(path: Path) -> Entry:
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be whole JSON, got a damaged file ({error}); get it again") from error
-    missing = [key for key in _LISTS if not (isinstance(content, dict) and isinstance(content.get(key), list))]
+    if isinstance(content, dict):
+        for key in _LISTS:
+            if isinstance(content.get(key), list):
+                content[key] = list(map(normalized, content[key]))
+        content.setdefault("annotations", None)
+    required = ("images", "categories") if isinstance(content, dict) and content["annotations"] is None else _LISTS
+    missing = [key for key in required if not (isinstance(content, dict) and isinstance(content.get(key), list))]
     if missing:
         raise ValueError(
             f"{path} must hold the lists images, annotations and categories, got no list {missing[0]}; name a file of "
@@ -154,10 +180,10 @@ def _checked(
     good = dict[int, Entry]()
     for position, entry in enumerate(entries):
         why = complaint(entry)
-        if why is None and entry["id"] in good:
-            why = f"its id must be its own, got one that an earlier {kind} has"
-        if why is None:
-            good[entry["id"]] = entry
+        if why is None and kind == "category" and entry["id"] in good:
+            why = "its id must be its own, got one that an earlier category has"
+        if why is None:  # annotations are known by their place: tools that join files leave their ids as they were
+            good[position if kind == "annotation" else entry["id"]] = entry
             continue
         has_id = isinstance(entry, dict) and "id" in entry
         name = f"{kind} {entry['id']}" if has_id else f"{kind} at position {position} of its list"
@@ -176,6 +202,9 @@ def _present(path: Path, images: dict[int, Entry], folder: Path, broken: BrokenI
         name = image["file_name"]
         if name in names or ("/" in name and (folder / name).is_file()):
             present[number] = image
+            continue
+        if "\\" in name and (folder / name.replace("\\", "/")).is_file():  # as Windows separates folders
+            present[number] = image | {"file_name": name.replace("\\", "/")}
             continue
         sentence = f"{path}, image {number}: {folder / name} must be an image file, got no such file"
         if broken is None:

@@ -3,7 +3,8 @@
 images    float32 (3, height, width), colours from 0 to 1; each image has its own size
 targets   dict:
     boxes       (n, 4)               float32  left, top, right, bottom in pixels, within the image
-    labels      (n,)                 int64    COCO's category ids as they are; 0 is the background
+    labels      (n,)                 int64    the category ids where all lie in 1..num_classes - 1, as COCO's do, else
+                                              their places from 1 on, in order; 0 is the background
     masks       (n, height, width)   uint8    1 where the object is
     image_id    int                           COCO's id of the image
 
@@ -47,13 +48,16 @@ class CocoData(LightningDataModule):
         test_images, test_annotations: the same for testing; None takes those of validation, since COCO keeps the
             annotations of its test images to itself.
         predict_folder: folder of images to predict on: all its jpg, jpeg, png, bmp, webp, tif and tiff files.
-        num_classes: categories and the background; category ids must be below it. COCO's ids end at 90.
+        num_classes: categories and the background. COCO's ids end at 90, so that it is 91 there.
         batch_size: images per batch and process.
         num_workers: processes that read images.
         horizontal_flip: probability that a training image is flipped.
         skip_broken: leave out broken annotations, and images that are missing or cannot be read, and warn of them; a
             training image that cannot be read is replaced by the next one. Otherwise the first one is refused. In
             prediction they are always left out.
+        apply_exif: turn images upright by their EXIF orientation, as viewers and most label tools show them; False
+            keeps stored pixels, as COCO's own tools do.
+        train_on_crowds: also learn objects with iscrowd = 1, as which some label tools export all masks.
         shuffle_seed: seed of the order of training batches and of random changes to images.
 
     Source: Lin et al., 2014, "Microsoft COCO: Common Objects in Context", arXiv 1405.0312.
@@ -65,6 +69,8 @@ class CocoData(LightningDataModule):
         "batch_size",
         "num_workers",
         "horizontal_flip",
+        "apply_exif",
+        "train_on_crowds",
         "shuffle_seed",
     )
 
@@ -83,6 +89,8 @@ class CocoData(LightningDataModule):
         num_workers: int = 2,
         horizontal_flip: float = 0.5,
         skip_broken: bool = False,
+        apply_exif: bool = True,
+        train_on_crowds: bool = False,
         shuffle_seed: int = 0,
     ) -> None:
         super().__init__()
@@ -99,6 +107,8 @@ class CocoData(LightningDataModule):
         self.num_workers = num_workers
         self.horizontal_flip = horizontal_flip
         self.skip_broken = skip_broken
+        self.apply_exif = apply_exif
+        self.train_on_crowds = train_on_crowds
         self.shuffle_seed = shuffle_seed
         self._places = {
             "train": (train_images, train_annotations),
@@ -107,7 +117,8 @@ class CocoData(LightningDataModule):
         }
         self._sets: dict[str, AnnotatedImages] = {}
         self._annotations: dict[str, Entry] = {}
-        self._categories: dict[int, str] = {}
+        self._categories: dict[int, str] = {}  # names by labels
+        self._trained: dict[int, str] = {}  # the same of the training split
         self._predicted: FolderImages | None = None
         self._batches_done = 0
 
@@ -116,7 +127,7 @@ class CocoData(LightningDataModule):
         if stage == "predict":
             if self.predict_folder is None:
                 raise ValueError("predict_folder must be a folder of images, got none; set --data.predict_folder")
-            self._predicted = FolderImages(list_images(self.predict_folder))
+            self._predicted = FolderImages(list_images(self.predict_folder), apply_exif=self.apply_exif)
         for split in _STAGES.get(stage, ()):
             if len(self.images(split)) == 0:
                 raise ValueError(
@@ -145,12 +156,14 @@ class CocoData(LightningDataModule):
                 repeats=self.training_repeats() if training else 1,
                 skip_broken=self.skip_broken,
                 replace_broken=training,
+                apply_exif=self.apply_exif,
+                with_crowds=self.train_on_crowds,
             )
         return self._sets[split]
 
     @property
     def categories(self) -> dict[int, str]:
-        """Names of the categories by their ids: those of the training, or of the set; empty where neither is there."""
+        """Names of the labels: those of the training, or of the set; empty where neither is there."""
         if not self._categories and self._annotation_file("val").is_file():
             self.annotations("val")
         return self._categories
@@ -198,6 +211,14 @@ class CocoData(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._batches_done = state_dict["batches_done"]
         self._categories = dict(state_dict["categories"])
+        # What has been read before is compared with what the network was trained on.
+        for split, content in self._annotations.items():
+            content["labels"] = self._labels(self._annotation_file(split), content)
+        if self._trained and {label: self._categories.get(label) for label in self._trained} != self._trained:
+            raise ValueError(
+                f"{self._annotation_file('train')} must have the categories that the run began with, "
+                f"{self._categories}, got {self._trained}; name the file that it began with"
+            )
 
     def _loader(self, split: str, *, shuffle: bool = False, start: int = 0) -> ImageLoader:
         images = self._predicted if split == "predict" else self.images(split)
@@ -238,18 +259,56 @@ class CocoData(LightningDataModule):
                     f"{self.data_root} holds {' and '.join(self._places[split])}, or set data_root, {split}_images "
                     f"and {split}_annotations"
                 )
-        content = read_annotations(
-            file, image_folder=folder, num_classes=self.num_classes, skip_broken=self.skip_broken
-        )
-        names = {category["id"]: category["name"] for category in content["categories"]}
-        for number in names.keys() & self._categories.keys():
-            if names[number] != self._categories[number]:
+        content = read_annotations(file, image_folder=folder, skip_broken=self.skip_broken)
+        content["labels"] = self._labels(file, content)
+        if content["annotations"] is None and split != "test":
+            raise ValueError(
+                f"{file} must hold the list annotations for {split}, got none; name a file of COCO's kind "
+                "instances_*.json"
+            )
+        if split == "train":
+            self._trained = {
+                label: self._categories[label] for label in content["labels"].values() if label in self._categories
+            }
+            annotations = content["annotations"] or []
+            if all(annotation["iscrowd"] and not self.train_on_crowds for annotation in annotations):
+                crowds = len(annotations)
+                advice = "; set train_on_crowds to learn them" if crowds else "; name another file"
                 raise ValueError(
-                    f"{file}, category {number}: its name must be that of the other splits, "
-                    f"{self._categories[number]!r}, got {names[number]!r}; name files of one set"
+                    f"{file} must hold an object to learn, got {crowds} with iscrowd = 1 and no other{advice}"
                 )
-        self._categories = self._categories or names
         return content
+
+    def _labels(self, file: Path, content: Entry) -> dict[int, int]:
+        """From the file's category ids to labels: by the names that are known, else as the class says.
+
+        A category 0 that is the supercategory of the others, as Roboflow writes it, is none.
+        """
+        parents = {category.get("supercategory") for category in content["categories"] if category["id"] != 0}
+        names = {
+            category["id"]: category["name"]
+            for category in sorted(content["categories"], key=lambda category: category["id"])
+            if category["id"] != 0 or category["name"] not in parents
+        }
+        if not self._categories:
+            are_labels = min(names) > 0 and max(names) < self.num_classes
+            labels = {number: number if are_labels else place for place, number in enumerate(names, start=1)}
+            if len(names) >= self.num_classes:
+                raise ValueError(
+                    f"num_classes must exceed the number of categories, {len(names)} in {file}, got "
+                    f"{self.num_classes}; set it for data, task and network alike"
+                )
+            self._categories = {labels[number]: name for number, name in names.items()}
+            return labels
+        known = {name: label for label, name in self._categories.items()}
+        used = {annotation["category_id"] for annotation in content["annotations"] or ()}
+        for number, name in names.items():
+            if name not in known and (number in used or number in self._categories):
+                raise ValueError(
+                    f"{file}, category {number}: its name must be that of a category of the other splits or of the "
+                    f"training ({', '.join(known)}), got {name!r}; name files of one set"
+                )
+        return {number: known[name] for number, name in names.items() if name in known}
 
 
 def _check_numbers(num_classes: int, batch_size: int, num_workers: int, horizontal_flip: float) -> None:
@@ -265,6 +324,8 @@ def _check_numbers(num_classes: int, batch_size: int, num_workers: int, horizont
 
 
 def _described(content: Entry) -> str:
+    if content["annotations"] is None:
+        return f"{len(content['images']):,} images without annotations"
     crowds = sum(annotation["iscrowd"] for annotation in content["annotations"])
     with_instances = Counter(a["image_id"] for a in content["annotations"] if not a["iscrowd"])
     images = len(content["images"])

@@ -22,7 +22,7 @@ from lineara.tasks.instance_segmentation.coco_files import BrokenItems, without_
 from lineara.tasks.random_numbers import random_numbers_from
 
 _IMAGE_KEYS = ("id", "file_name", "height", "width")
-_NEEDED_KEYS = ("category_id", "bbox", "segmentation")
+_NEEDED_KEYS = ("bbox", "segmentation")
 
 Batch = dict[str, list[Any]]
 Transform = Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
@@ -38,6 +38,8 @@ class AnnotatedImages(Dataset["Batch | BrokenImage"]):
         repeats: how often each image is in the set; with a random transform, each time it is another one.
         skip_broken: whether to warn of an image file that cannot be read, not to refuse it.
         replace_broken: whether the next image takes its place, so that a batch of training is never empty.
+        apply_exif: whether images are turned upright by their EXIF orientation.
+        with_crowds: whether objects with iscrowd = 1 are among the targets.
     """
 
     def __init__(
@@ -49,15 +51,18 @@ class AnnotatedImages(Dataset["Batch | BrokenImage"]):
         repeats: int = 1,
         skip_broken: bool = False,
         replace_broken: bool = False,
+        apply_exif: bool = True,
+        with_crowds: bool = False,
     ) -> None:
         self.folder = folder
         self.transform = transform
         self.repeats = repeats
         self.skip_broken = skip_broken
         self.replace_broken = replace_broken
+        self.apply_exif = apply_exif
         self._broken = BrokenItems(are_counted=False)
         with without_garbage_collection():
-            self._records = _Records(_records(annotations))
+            self._records = _Records(_records(annotations, with_crowds=with_crowds))
         sizes = np.array([[image["height"], image["width"]] for image in annotations["images"]]).reshape(-1, 2)
         self._is_wide = sizes[:, 1] >= sizes[:, 0]
 
@@ -94,11 +99,14 @@ class AnnotatedImages(Dataset["Batch | BrokenImage"]):
 
     def _colours(self, image: Entry) -> Tensor:
         path = self.folder / image["file_name"]
-        colours = read_pixels(path)
-        if colours.shape[1:] != (image["height"], image["width"]):
+        colours = read_pixels(path, apply_exif=self.apply_exif)
+        annotated = image["height"], image["width"]
+        if colours.shape[1:] != annotated:
+            is_turned = read_pixels(path, apply_exif=not self.apply_exif).shape[1:] == annotated
+            why = f" with apply_exif = {self.apply_exif}; set the other one" if is_turned else ""
             raise ValueError(
-                f"{path} must have {image['height']} x {image['width']} pixels, as annotated, got "
-                f"{colours.shape[1]} x {colours.shape[2]}"
+                f"{path} must have {annotated[0]} x {annotated[1]} pixels, as annotated, got "
+                f"{colours.shape[1]} x {colours.shape[2]}{why}"
             )
         return colours
 
@@ -118,10 +126,12 @@ class FolderImages(Dataset[Batch]):
 
     Args:
         paths: the files; `image_id` counts them from 1.
+        apply_exif: whether images are turned upright by their EXIF orientation.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], *, apply_exif: bool = True) -> None:
         self.paths = list(paths)
+        self.apply_exif = apply_exif
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -136,7 +146,7 @@ class FolderImages(Dataset[Batch]):
         for index, _ in items:
             path = self.paths[index]
             try:
-                image = read_pixels(path)
+                image = read_pixels(path, apply_exif=self.apply_exif)
             except (OSError, ValueError) as error:
                 # All are named: whoever asks for predictions misses each of them.
                 warnings.warn(f"left out: {error}", RuntimeWarning, stacklevel=2)
@@ -174,14 +184,19 @@ class _Records:
         return pickle.loads(self._bytes[start : self._stops[index]].tobytes())
 
 
-def _records(annotations: Entry) -> Iterator[tuple[Entry, list[Entry]]]:
-    """Of each image, itself and its annotations but crowds: what a target needs of them."""
+def _records(annotations: Entry, *, with_crowds: bool) -> Iterator[tuple[Entry, list[Entry]]]:
+    """Of each image, itself and its annotations: what a target needs of them, and their labels."""
+    labels: dict[int, int] = annotations.get("labels", {})
     of_image = defaultdict[int, list[Entry]](list)
-    for annotation in annotations["annotations"]:
-        if not annotation["iscrowd"]:
+    for annotation in annotations["annotations"] or ():
+        if with_crowds or not annotation["iscrowd"]:
             of_image[annotation["image_id"]].append(annotation)
     for image in annotations["images"]:
-        needed = [{key: entry[key] for key in _NEEDED_KEYS} for entry in of_image[image["id"]]]
+        needed = [
+            {key: entry[key] for key in _NEEDED_KEYS}
+            | {"label": labels.get(entry["category_id"], entry["category_id"])}
+            for entry in of_image[image["id"]]
+        ]
         yield {key: image[key] for key in _IMAGE_KEYS}, needed
 
 
@@ -196,7 +211,7 @@ def _target(annotations: list[Entry], image_id: int, height: int, width: int) ->
         mask[:] = decode(annotation["segmentation"], height, width)
     return {
         "boxes": tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=(height, width)),  # type: ignore[call-overload]
-        "labels": torch.tensor([annotation["category_id"] for annotation in annotations], dtype=torch.int64),
+        "labels": torch.tensor([annotation["label"] for annotation in annotations], dtype=torch.int64),
         "masks": tv_tensors.Mask(torch.from_numpy(masks)),
         "image_id": image_id,
     }

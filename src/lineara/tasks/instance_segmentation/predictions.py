@@ -43,15 +43,18 @@ _TITLES = {
 }
 
 
-def statistics_table(statistics: Mapping[str, float], *, num_images: int) -> str:
+def statistics_table(statistics: Mapping[str, float], *, num_images: int, left_out: int = 0) -> str:
     """COCO's 12 statistics of boxes and of masks, one line each.
 
     Args:
         statistics: of an `Evaluation`.
         num_images: how many images were evaluated.
+        left_out: how many of the split were not.
     """
     width = max(map(len, _TITLES.values()))
-    measured = f"{num_images:,} image{'' if num_images == 1 else 's'}"
+    measured = f"{num_images:,} image{'' if num_images == 1 else 's'}" + (
+        f", {left_out:,} left out" if left_out else ""
+    )
     lines = [f"{measured:{width}}     box    mask"]
     for name, title in _TITLES.items():
         box, mask = (_three_digits(statistics[f"{kind}_{name}"]) for kind in ("box", "mask"))
@@ -59,21 +62,25 @@ def statistics_table(statistics: Mapping[str, float], *, num_images: int) -> str
     return "\n".join(lines)
 
 
-def write_evaluation(
-    run_dir: Path | str, results: Sequence[Mapping[str, Any]], evaluation: Evaluation, *, num_images: int
-) -> None:
-    """Write results.json, statistics.json and per_class.csv, each whole or not at all.
+def write_results(run_dir: Path | str, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write results.json, a list in COCO's format of results, whole or not at all."""
+    _write_json(Path(run_dir) / "results.json", results)
+
+
+def write_evaluation(run_dir: Path | str, evaluation: Evaluation, *, num_images: int, left_out: int = 0) -> None:
+    """Write statistics.json and per_class.csv, each whole or not at all.
 
     Args:
         run_dir: folder of the run.
-        results: in COCO's format.
-        evaluation: of these results.
+        evaluation: of its results.
         num_images: how many images were evaluated.
+        left_out: how many of the split were not.
     """
     folder = Path(run_dir)
-    _write_json(folder / "results.json", results)
     numbers = {name: None if isnan(value) else value for name, value in evaluation.statistics.items()}
-    write_text(folder / "statistics.json", json.dumps({"images": num_images, **numbers}, indent=1) + "\n")
+    write_text(
+        folder / "statistics.json", json.dumps({"images": num_images, "left_out": left_out, **numbers}, indent=1) + "\n"
+    )
     text = io.StringIO()
     table = csv.DictWriter(text, ["category", "box_ap", "box_ap50", "mask_ap", "mask_ap50"], extrasaction="ignore")
     table.writeheader()

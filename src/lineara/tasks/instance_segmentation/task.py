@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from lineara.runs.sharding import ShardedTask
 from lineara.tasks.instance_segmentation.metrics import Evaluation, as_results, evaluate
-from lineara.tasks.instance_segmentation.predictions import PredictionFolder, statistics_table, write_evaluation
+from lineara.tasks.instance_segmentation.predictions import (
+    PredictionFolder,
+    statistics_table,
+    write_evaluation,
+    write_results,
+)
 from lineara.tasks.step_schedule import StepSchedule, check_descent
 
 _Batch = dict[str, list[Any]]
@@ -185,12 +190,16 @@ class InstanceSegmentation(ShardedTask):
     def on_test_epoch_end(self) -> None:
         """Print the statistics, and write them and the detections into the run's folder."""
         evaluation = self._evaluate("test")
-        results, num_images = _flat(self._results), len(self._results)
+        num_images, annotations = len(self._results), self._data().annotations("test")
+        results = self._with_ids(annotations)
         self._results = {}
-        if evaluation is None:
+        if not self.trainer.is_global_zero:
             return
-        write_evaluation(self.trainer.default_root_dir, results, evaluation, num_images=num_images)
-        self.print(statistics_table(evaluation.statistics, num_images=num_images))
+        left_out = len(annotations["images"]) + annotations.get("num_left_out", 0) - num_images
+        write_results(self.trainer.default_root_dir, results)
+        if evaluation is not None:
+            write_evaluation(self.trainer.default_root_dir, evaluation, num_images=num_images, left_out=left_out)
+            self.print(statistics_table(evaluation.statistics, num_images=num_images, left_out=left_out))
         self.print(f"results: {Path(self.trainer.default_root_dir) / 'results.json'}")
 
     def _collect(self, batch: _Batch) -> None:
@@ -199,21 +208,35 @@ class InstanceSegmentation(ShardedTask):
             self._results[image_id] = as_results(image_id, prediction)
 
     def _evaluate(self, stage: str) -> Evaluation | None:
-        """Log the statistics of the images seen; returns what they are of on the first process, None on others.
+        """Log the statistics of the images seen; returns them on the first process, None on others or without truth.
 
         Only the images seen count: a part of the split before training, or one that `limit_val_batches` cuts short, is
         measured as if the rest did not exist.
         """
         self._gather()
         evaluation = None
-        if self.trainer.is_global_zero:
-            annotations = self._data().annotations(stage)
-            evaluation = evaluate(annotations, _flat(self._results), image_ids=sorted(self._results))
+        annotations = self._data().annotations(stage)
+        if self.trainer.is_global_zero and annotations["annotations"] is not None:
+            evaluation = evaluate(annotations, self._with_ids(annotations), image_ids=sorted(self._results))
         statistics = self.trainer.strategy.broadcast(evaluation.statistics if evaluation else {})
         for name, value in statistics.items():
             # Equal on all processes: the mean over them changes nothing, and is what Lightning asks for.
             self.log(f"{stage}/{name}", value, sync_dist=True, prog_bar=name == "mask_ap")
         return evaluation
+
+    def _with_ids(self, annotations: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The results of all images, in the order of their ids, with the file's category ids in place of labels.
+
+        Labels that the file has no category for are left out.
+        """
+        labels = annotations.get("labels") or {category["id"]: category["id"] for category in annotations["categories"]}
+        ids = {label: number for number, label in labels.items()}
+        return [
+            result | {"category_id": ids[result["category_id"]]}
+            for image_id in sorted(self._results)
+            for result in self._results[image_id]
+            if result["category_id"] in ids
+        ]
 
     def _gather(self) -> None:
         """Bring what all processes have seen to the first one; an image that two of them have seen counts once."""
@@ -272,11 +295,6 @@ def _check_num_classes(network: nn.Module, num_classes: int) -> None:
             f"num_classes must be the network's, background included, got {num_classes} and {layer.out_features}; set "
             "both alike"
         )
-
-
-def _flat(results: Mapping[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The results of all images, in the order of their ids."""
-    return [result for image_id in sorted(results) for result in results[image_id]]
 
 
 def _listed(plan: Mapping[str, float | str]) -> str:
