@@ -164,7 +164,7 @@ def test_broken_pairs_are_reported_and_the_others_come(tmp_path, make, workers):
     (tmp_path / "l" / "c.png").write_bytes(b"text")
     pairs = [(name, tmp_path / "l" / f"{name}.png", tmp_path / "r" / f"{name}.png") for name in "abcd"]
     camera = {"focal_length": 2.0, "baseline": 3.0, "doffs": 4.0}
-    frames = PairsToPredict(pairs, camera)
+    frames = PairsToPredict(pairs, [camera] * len(pairs))
     loader = FrameLoader(frames, sampler=EpochBatches(len(frames), shuffle=False), batch_size=None, num_workers=workers)
     with pytest.warns(RuntimeWarning) as caught:
         batches = list(loader)
@@ -181,6 +181,9 @@ def test_broken_pairs_are_reported_and_the_others_come(tmp_path, make, workers):
     )
     assert batches[0]["calibration"] == [camera]
     assert "calibration" not in PairsToPredict(pairs)[[(1, 0)]]
+    another = PairsToPredict(pairs, [camera | {"height": 31, "width": 23}] * len(pairs))[[(1, 0)]]
+    assert another.sentence.startswith("the calibration must be of images of 37 x 19 pixels (width x height), as b has")
+    assert not another.left_out
 
 
 def test_a_process_without_a_frame_of_its_own_evaluates_anothers_which_counts_there_alone():

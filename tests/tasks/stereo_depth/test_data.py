@@ -170,8 +170,23 @@ def test_a_calibration_comes_with_the_pairs(tmp_path, make):
     data.setup("predict")
     (batch,) = data.predict_dataloader()
     assert set(batch) == {"left", "right", "name", "calibration"}
-    assert batch["name"] == ["one"]
-    assert batch["calibration"] == [{"focal_length": 1000.0, "baseline": 0.2, "doffs": 0.0}]
+    assert batch["name"] == [f"{tmp_path.name}/one"]
+    camera = {"focal_length": 1000.0, "center_x": 3.0, "center_y": 4.0, "baseline": 0.2, "doffs": 0.0}
+    assert batch["calibration"] == [camera]
+
+
+def test_each_pair_of_a_pattern_has_its_own_calibration(tmp_path, make):
+    for number, scene in enumerate(("attic", "barn"), start=1):
+        for name in ("im0.png", "im1.png"):
+            make.write_image(tmp_path / scene / name, make.random_image(0))
+        (tmp_path / scene / "calib.txt").write_text(f"cam0=[{number}000 0 3; 0 1000 4; 0 0 1]\nbaseline=200\n")
+    places = {name: f"{tmp_path}/*/{file}" for name, file in (("left", "im0.png"), ("right", "im1.png"))}
+    data = FewData(
+        predict_left=places["left"], predict_right=places["right"], predict_calibration=f"{tmp_path}/*/calib.txt"
+    )
+    data.setup("predict")
+    found = [(*batch["name"], batch["calibration"][0]["focal_length"]) for batch in data.predict_dataloader()]
+    assert found == [("attic/im0", 1000.0), ("barn/im0", 2000.0)]
 
 
 def test_splits_are_listed_once_and_only_those_of_the_stage():

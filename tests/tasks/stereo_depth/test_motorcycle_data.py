@@ -123,13 +123,14 @@ def test_without_other_images_the_pair_itself_is_predicted(root, tmp_path, make)
     (batch,) = data.predict_dataloader()
     assert batch["left"].shape == (1, 3, 500, 741)
     assert batch["name"] == ["motorcycle"]
-    assert batch["calibration"] == [{"focal_length": 994.978, "baseline": 0.193001, "doffs": 31.086}]
+    camera = {"focal_length": 994.978, "center_x": 311.193, "center_y": 254.877, "baseline": 0.193001, "doffs": 31.086}
+    assert batch["calibration"] == [camera | {"width": 741, "height": 500}]
     for name in ("one.png", "two.png"):
         make.write_image(tmp_path / name, make.random_image(0))
     data = MotorcycleData(root, predict_left=str(tmp_path / "one.png"), predict_right=str(tmp_path / "two.png"))
     data.setup("predict")
     (batch,) = data.predict_dataloader()
-    assert (batch["name"], "calibration" in batch) == (["one"], False)
+    assert (batch["name"], "calibration" in batch) == ([f"{tmp_path.name}/one"], False)
     with pytest.raises(ValueError, match=r"^predict_left and predict_right must be two images or two folders"):
         MotorcycleData(root, predict_left=str(tmp_path / "one.png")).setup("predict")
     # A calibration alone is not ignored: the pair itself has its own.

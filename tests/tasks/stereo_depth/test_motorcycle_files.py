@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from skimage import data
 
+from lineara.tasks.stereo_depth.calibration import read_calibration
 from lineara.tasks.stereo_depth.motorcycle_files import motorcycle_paths, prepare_motorcycle, read_motorcycle
-from lineara.tasks.stereo_depth.pairs_to_predict import read_calibration
 
 FILES = ("left.png", "right.png", "disparity.pfm", "calib.txt")
 
@@ -61,7 +61,8 @@ def test_the_truth_counts_from_the_left_view_to_the_left_in_the_right_one(folder
 def test_the_calibration_is_that_of_the_photographs(folder):
     left, right, calibration = motorcycle_paths(folder)
     assert (left.name, right.name) == ("left.png", "right.png")
-    assert read_calibration(calibration) == {"focal_length": 994.978, "baseline": 0.193001, "doffs": 31.086}
+    camera = {"focal_length": 994.978, "center_x": 311.193, "center_y": 254.877, "baseline": 0.193001, "doffs": 31.086}
+    assert read_calibration(calibration) == camera | {"width": 741, "height": 500}
     for number in ("994.978", "311.193", "254.877", "31.086", "193.001"):
         assert number in data.stereo_motorcycle.__doc__
         assert number in calibration.read_text()

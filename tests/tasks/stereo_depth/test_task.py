@@ -461,7 +461,7 @@ def test_every_pair_gets_its_files(tmp_path, capsys):
     make_trainer(tmp_path).predict(task, data)
     folder = tmp_path / "predictions"
     names = {path.name for path in folder.iterdir()}
-    assert names == {*("a.pfm", "a.png", "b.pfm", "b.png", "b_depth.pfm", "a-2.pfm", "a-2.png")}
+    assert names == {*("a.pfm", "a.png", "a-2.pfm", "a-2.png"), *(f"b{end}" for end in ENDS)}
     for number, name in ((1, "a"), (2, "b"), (3, "a-2")):
         np.testing.assert_allclose(read_pfm(folder / f"{name}.pfm"), 9 * frame(number)["left"][0].numpy(), rtol=1e-5)
     np.testing.assert_allclose(read_pfm(folder / "b_depth.pfm"), 500 / (9 * frame(2)["left"][0].numpy() + 2), rtol=1e-5)
@@ -755,6 +755,10 @@ def test_the_best_checkpoint_is_tested_beside_the_trivial_answers(recipe, finish
     assert (run_dir / "comparison.png").is_file()
 
 
+# Of the files of a pair whose cameras are known.
+ENDS = (".pfm", ".png", ".ply", "_depth.pfm", "_depth.png")
+
+
 def test_pairs_are_predicted_and_broken_ones_reported(recipe, finished, tmp_path):
     run_dir = finished[0]
     for side in ("left", "right"):
@@ -772,7 +776,7 @@ def test_pairs_are_predicted_and_broken_ones_reported(recipe, finished, tmp_path
     assert str(tmp_path / "right/b.png") in said
     assert str(tmp_path / "left/d.png") in said
     written = {path.name for path in (run_dir / "predictions").iterdir()}
-    assert written == {f"{name}{end}" for name in "ac" for end in (".pfm", ".png", "_depth.pfm")}
+    assert written == {f"{name}{end}" for name in "ac" for end in ENDS}
     task, _ = load_run(run_dir / "checkpoints/best.ckpt")
     assert isinstance(task, StereoDepth)
     disparity = read_pfm(run_dir / "predictions/c.pfm")

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lineara.tasks.random_numbers import random_numbers_from
+from lineara.tasks.stereo_depth.calibration import Calibration
 from lineara.tasks.stereo_depth.frames import Frame, Frames, read_views
 from lineara.tasks.stereo_depth.transforms import normalised
 
@@ -152,12 +153,14 @@ class PairsToPredict(Dataset["Batch | BrokenFrame"]):
 
     Args:
         pairs: name, left and right file of each.
-        calibration: of the cameras: focal_length in pixels, baseline in metres, doffs in pixels.
+        calibrations: of the cameras of each pair, as keyword arguments of `Calibration`; None where they are not known.
     """
 
-    def __init__(self, pairs: Sequence[tuple[str, Path, Path]], calibration: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, pairs: Sequence[tuple[str, Path, Path]], calibrations: Sequence[dict[str, float]] | None = None
+    ) -> None:
         self.pairs = list(pairs)
-        self.calibration = calibration
+        self.calibrations = calibrations
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -170,6 +173,10 @@ class PairsToPredict(Dataset["Batch | BrokenFrame"]):
         except (OSError, ValueError) as error:
             return BrokenFrame(str(error), left_out=True)
         batch: Batch = {"left": left, "right": right, "name": [name]}
-        if self.calibration is not None:
-            batch["calibration"] = [dict(self.calibration)]
+        if self.calibrations is not None:
+            batch["calibration"] = [dict(self.calibrations[index])]
+            try:
+                Calibration(**batch["calibration"][0]).check_size(name, *left.shape[2:])  # type: ignore[arg-type]
+            except ValueError as error:
+                return BrokenFrame(str(error))
         return batch

@@ -13,7 +13,7 @@ calibration  batch                      dict     focal_length in pixels, baselin
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,8 +21,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from lineara.tasks.stereo_depth.batches import EpochBatches, FrameBatches, FrameLoader, PairsToPredict
+from lineara.tasks.stereo_depth.calibration import Unit, read_calibration
 from lineara.tasks.stereo_depth.frames import FileFrames, Frames
-from lineara.tasks.stereo_depth.pairs_to_predict import pairs_to_predict, read_calibration
+from lineara.tasks.stereo_depth.pairs_to_predict import in_place_of_stars, pairs_to_predict
 from lineara.tasks.stereo_depth.transforms import Augmentation
 
 # Cropped as PSMNet's frames were.
@@ -39,8 +40,11 @@ class StereoData(LightningDataModule):
 
     Args:
         data_root: folder of the set.
-        predict_left, predict_right: two images, or two folders, whose images of equal names are pairs.
-        predict_calibration: calib.txt of their cameras, as Middlebury's; None where depths are not asked for.
+        predict_left, predict_right: two rectified images, two folders, whose images of equal names are pairs, or two
+            patterns such as `scenes/*/im0.png` and `scenes/*/im1.png`.
+        predict_calibration: file of their cameras, of Middlebury, KITTI or OpenCV, see `read_calibration`; with a
+            pattern such as `scenes/*/calib.txt` each pair has its own. None where depths are not asked for.
+        predict_unit: "mm", "cm" or "m", of the lengths in a file of OpenCV, which does not say.
         augmentation: of training.
         batch_size: frames per batch of training and process.
         num_workers: processes that read frames; 0 reads in this one.
@@ -49,7 +53,7 @@ class StereoData(LightningDataModule):
 
     # Arguments that say nothing about the files of the set.
     only_in_training: ClassVar[tuple[str, ...]] = (
-        *("predict_left", "predict_right", "predict_calibration"),
+        *("predict_left", "predict_right", "predict_calibration", "predict_unit"),
         *("augmentation", "batch_size", "num_workers", "shuffle_seed"),
     )
 
@@ -60,6 +64,7 @@ class StereoData(LightningDataModule):
         predict_left: str | None,
         predict_right: str | None,
         predict_calibration: str | None,
+        predict_unit: Unit | None = None,
         augmentation: Augmentation,
         batch_size: int,
         num_workers: int,
@@ -73,6 +78,7 @@ class StereoData(LightningDataModule):
         self.predict_left = predict_left
         self.predict_right = predict_right
         self.predict_calibration = predict_calibration
+        self.predict_unit: Unit | None = predict_unit
         self.augmentation = augmentation
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -116,8 +122,22 @@ class StereoData(LightningDataModule):
     def read_pairs(self) -> PairsToPredict:
         """The pairs to predict; pairs that are not whole are warned of."""
         pairs = pairs_to_predict(self.predict_left, self.predict_right)
-        calibration = None if self.predict_calibration is None else read_calibration(self.predict_calibration)
-        return PairsToPredict(pairs, calibration)
+        if self.predict_calibration is None:
+            return PairsToPredict(pairs)
+        calibrations = [read_calibration(path, self.predict_unit) for path in self._calibrations(pairs)]
+        return PairsToPredict(pairs, calibrations)
+
+    def _calibrations(self, pairs: Sequence[tuple[str, Path, Path]]) -> list[str]:
+        """The calibration file of each pair."""
+        pattern, left = str(self.predict_calibration), str(self.predict_left)
+        if "*" not in pattern:
+            return [pattern] * len(pairs)
+        if pattern.count("*") != left.count("*"):
+            raise ValueError(
+                f"predict_calibration must have as many * as predict_left, got {pattern} and {left}; write a * where "
+                "they are alike"
+            )
+        return [pattern.replace("*", "{}").format(*in_place_of_stars(left, str(path)) or ()) for _, path, _ in pairs]
 
     def train_dataloader(self) -> FrameLoader:
         if self._seed_of_checkpoint not in (None, self.shuffle_seed):

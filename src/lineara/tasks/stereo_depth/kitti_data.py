@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from lineara.tasks.image_files import DAMAGE, BrokenImageError
+from lineara.tasks.stereo_depth.calibration import Unit
 from lineara.tasks.stereo_depth.data import CROPPED, StereoData
 from lineara.tasks.stereo_depth.frames import FileFrames, Truth, matched
 from lineara.tasks.stereo_depth.transforms import Augmentation
@@ -39,7 +40,7 @@ class KittiData(StereoData):
         year: 2012 or 2015.
         pixels: truths of "all" pixels, or of those that are "visible" in both views.
         num_train: frames to train on, of 194 in 2012 and of 200 in 2015.
-        predict_left, predict_right, predict_calibration: as for `StereoData`.
+        predict_left, predict_right, predict_calibration, predict_unit: as for `StereoData`.
         augmentation: of training.
         batch_size: frames per batch of training and process.
         num_workers: processes that read frames.
@@ -58,6 +59,7 @@ class KittiData(StereoData):
         predict_left: str | None = None,
         predict_right: str | None = None,
         predict_calibration: str | None = None,
+        predict_unit: Unit | None = None,
         augmentation: Augmentation = CROPPED,
         batch_size: int = 12,
         num_workers: int = 4,
@@ -68,6 +70,7 @@ class KittiData(StereoData):
             predict_left=predict_left,
             predict_right=predict_right,
             predict_calibration=predict_calibration,
+            predict_unit=predict_unit,
             augmentation=augmentation,
             batch_size=batch_size,
             num_workers=num_workers,

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lineara.tasks.image_files import DAMAGE, BrokenImageError
+from lineara.tasks.stereo_depth.calibration import Unit
 from lineara.tasks.stereo_depth.data import CROPPED, StereoData
 from lineara.tasks.stereo_depth.frames import FileFrames, FrameFiles, read_float_truth
 from lineara.tasks.stereo_depth.transforms import Augmentation
@@ -27,6 +28,7 @@ class _SceneData(StereoData):
         predict_left: str | None,
         predict_right: str | None,
         predict_calibration: str | None,
+        predict_unit: Unit | None,
         augmentation: Augmentation,
         batch_size: int,
         num_workers: int,
@@ -37,6 +39,7 @@ class _SceneData(StereoData):
             predict_left=predict_left,
             predict_right=predict_right,
             predict_calibration=predict_calibration,
+            predict_unit=predict_unit,
             augmentation=augmentation,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -70,7 +73,7 @@ class _SceneData(StereoData):
 
     def scenes_of(self, folder: Path, layout: str) -> list[Path]:
         """The folders that hold a left view."""
-        scenes = sorted(path.parent for path in folder.glob("*/im0.png")) if folder.is_dir() else []
+        scenes = sorted(path.parent for path in folder.glob("[!.]*/im0.png")) if folder.is_dir() else []
         if not scenes:
             raise FileNotFoundError(
                 f"{folder} must hold a folder per scene with its im0.png, got none; {layout}, or set --data.data_root"
@@ -93,7 +96,7 @@ class MiddleburyData(_SceneData):
         data_root: folder of the scenes.
         pixels: score and train on "all" pixels with a truth, or on those that are "visible" in both views.
         val_every: every so manieth scene validates and tests; 1 takes all, and leaves none to train on.
-        predict_left, predict_right, predict_calibration: as for `StereoData`; each scene has a calib.txt.
+        predict_left, predict_right, predict_calibration, predict_unit: as for `StereoData`; each scene has a calib.txt.
         augmentation: of training.
         batch_size: frames per batch of training and process.
         num_workers: processes that read frames.
@@ -110,6 +113,7 @@ class MiddleburyData(_SceneData):
         predict_left: str | None = None,
         predict_right: str | None = None,
         predict_calibration: str | None = None,
+        predict_unit: Unit | None = None,
         augmentation: Augmentation = CROPPED,
         batch_size: int = 4,
         num_workers: int = 4,
@@ -122,6 +126,7 @@ class MiddleburyData(_SceneData):
             predict_left,
             predict_right,
             predict_calibration,
+            predict_unit,
             augmentation,
             batch_size,
             num_workers,
@@ -144,7 +149,7 @@ class ETH3DData(_SceneData):
         data_root: folder of the set.
         pixels: score and train on "all" pixels with a truth, or on those that are "visible" in both views.
         val_every: every so manieth scene validates and tests; 1 takes all, and leaves none to train on.
-        predict_left, predict_right, predict_calibration: as for `StereoData`.
+        predict_left, predict_right, predict_calibration, predict_unit: as for `StereoData`.
         augmentation: of training.
         batch_size: frames per batch of training and process.
         num_workers: processes that read frames.
@@ -161,6 +166,7 @@ class ETH3DData(_SceneData):
         predict_left: str | None = None,
         predict_right: str | None = None,
         predict_calibration: str | None = None,
+        predict_unit: Unit | None = None,
         augmentation: Augmentation = CROPPED,
         batch_size: int = 4,
         num_workers: int = 4,
@@ -173,6 +179,7 @@ class ETH3DData(_SceneData):
             predict_left,
             predict_right,
             predict_calibration,
+            predict_unit,
             augmentation,
             batch_size,
             num_workers,

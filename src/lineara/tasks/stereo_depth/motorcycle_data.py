@@ -8,10 +8,10 @@ from torch import Tensor
 
 from lineara.tasks.stereo_depth.batches import PairsToPredict
 from lineara.tasks.stereo_depth.block_matching import block_matching
+from lineara.tasks.stereo_depth.calibration import Unit, read_calibration
 from lineara.tasks.stereo_depth.data import StereoData
 from lineara.tasks.stereo_depth.frames import Frame, Frames
 from lineara.tasks.stereo_depth.motorcycle_files import motorcycle_paths, prepare_motorcycle, read_motorcycle
-from lineara.tasks.stereo_depth.pairs_to_predict import read_calibration
 from lineara.tasks.stereo_depth.transforms import Augmentation
 
 # Columns of the left view, the latter not included. A part to be scored is seen with `_MARGIN` more columns at its
@@ -36,7 +36,8 @@ class MotorcycleData(StereoData):
 
     Args:
         data_root: folder of the set, which is written there unless it is there.
-        predict_left, predict_right, predict_calibration: as for `StereoData`; without any, the pair itself, whole.
+        predict_left, predict_right, predict_calibration, predict_unit: as for `StereoData`; without any, the
+            pair itself, whole.
         samples_per_epoch: crops that make an epoch of training.
         augmentation: of training.
         batch_size: crops per batch of training and process.
@@ -54,6 +55,7 @@ class MotorcycleData(StereoData):
         predict_left: str | None = None,
         predict_right: str | None = None,
         predict_calibration: str | None = None,
+        predict_unit: Unit | None = None,
         samples_per_epoch: int = 64,
         augmentation: Augmentation = _CROPS,
         batch_size: int = 2,
@@ -65,6 +67,7 @@ class MotorcycleData(StereoData):
             predict_left=predict_left,
             predict_right=predict_right,
             predict_calibration=predict_calibration,
+            predict_unit=predict_unit,
             augmentation=augmentation,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -85,7 +88,7 @@ class MotorcycleData(StereoData):
         if any(given is not None for given in (self.predict_left, self.predict_right, self.predict_calibration)):
             return super().read_pairs()
         left, right, calibration = motorcycle_paths(self.data_root)
-        return PairsToPredict([("motorcycle", left, right)], read_calibration(calibration))
+        return PairsToPredict([("motorcycle", left, right)], [read_calibration(calibration)])
 
     def training_repeats(self) -> int:
         return self.samples_per_epoch  # of one frame

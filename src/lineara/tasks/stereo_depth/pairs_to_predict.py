@@ -1,22 +1,24 @@
-"""Pairs of images without a truth, and the calibration of the cameras that took them."""
+"""Pairs of images without a truth."""
 
+import glob
 import re
 import warnings
-from math import isfinite
 from pathlib import Path
 
 from lineara.tasks.image_files import list_images
-
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_CAMERA = re.compile(rf"\[\s*({_NUMBER})\s+\S+\s+\S+\s*;")
 
 
 def pairs_to_predict(left: str | None, right: str | None) -> list[tuple[str, Path, Path]]:
     """Name, left and right file of each pair.
 
     Args:
-        left, right: two images, or two folders, whose images of equal names are pairs. One without a partner is warned
-            of and left out.
+        left, right: two images, or two folders, whose images of equal names are pairs, or two patterns such as
+            `scenes/*/im0.png` and `scenes/*/im1.png`, whose `*` stand for the same in both. An image without a partner
+            is warned of and left out.
+
+    Returns:
+        Names are those of the files; of views in one folder, which sets of scenes all name alike, with the folder
+        before it. A name may come twice: what is written by it gets a number.
 
     Raises:
         ValueError: they are not both given, or not both images or both folders.
@@ -27,6 +29,8 @@ def pairs_to_predict(left: str | None, right: str | None) -> list[tuple[str, Pat
             f"predict_left and predict_right must be two images or two folders, got {left} and {right}; set "
             "--data.predict_left and --data.predict_right"
         )
+    if "*" in left or "*" in right:
+        return _pairs_of_patterns(left, right)
     views = Path(left), Path(right)
     for view in views:
         if not view.exists():
@@ -37,42 +41,8 @@ def pairs_to_predict(left: str | None, right: str | None) -> list[tuple[str, Pat
             "is a folder"
         )
     if views[0].is_file():
-        return [(views[0].stem, *views)]
+        return [(_name(*views), *views)]
     return _pairs_in_folders(*views)
-
-
-def read_calibration(path: Path | str) -> dict[str, float]:
-    """The cameras of a calib.txt, as Middlebury's: lines of cam0=[f 0 x; 0 f y; 0 0 1], baseline=mm and doffs=pixels.
-
-    Returns:
-        focal_length of the left camera in pixels, baseline in metres, doffs in pixels (0 where there is no such line).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is missing or has no such number.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} must be a calibration file, got no such file; name another one") from None
-    except OSError as error:
-        raise type(error)(f"{path} must be a file that can be read, got {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be a text file, got one that is not: {error}") from error
-    lines = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-    fields = {name.strip(): value.strip() for name, value in lines.items()}
-    camera = _CAMERA.match(fields.get("cam0", ""))
-    if camera is None:
-        raise ValueError(
-            f"{path} must have a line cam0=[f 0 x; 0 f y; 0 0 1] with the focal length f in pixels, got "
-            f"{fields.get('cam0', 'no such line')}"
-        )
-    return {
-        "focal_length": _number(path, "cam0", camera[1], above_zero=True),
-        "baseline": _number(path, "baseline", fields.get("baseline"), above_zero=True) / 1000,
-        "doffs": _number(path, "doffs", fields.get("doffs", "0")),
-    }
 
 
 def _pairs_in_folders(left: Path, right: Path) -> list[tuple[str, Path, Path]]:
@@ -92,9 +62,30 @@ def _pairs_in_folders(left: Path, right: Path) -> list[tuple[str, Path, Path]]:
     return [(Path(name).stem, views[0][name], views[1][name]) for name in sorted(both)]
 
 
-def _number(path: Path, name: str, given: str | None, *, above_zero: bool = False) -> float:
-    value = float(given) if given is not None and re.fullmatch(_NUMBER, given) else None
-    if value is None or not isfinite(value) or (above_zero and value <= 0):
-        wanted = "a number above 0" if above_zero else "a number"
-        raise ValueError(f"{path} must have {wanted} for {name}, got {given if given is not None else 'no such line'}")
-    return value
+def in_place_of_stars(pattern: str, path: str) -> list[str] | None:
+    """What the stars of a pattern stand for in a path; None where it does not match."""
+    found = re.fullmatch("([^/]*)".join(map(re.escape, pattern.split("*"))), path)
+    return None if found is None else list(found.groups())
+
+
+def _pairs_of_patterns(left: str, right: str) -> list[tuple[str, Path, Path]]:
+    if left.count("*") != right.count("*"):
+        raise ValueError(
+            f"predict_left and predict_right must have as many *, got {left} and {right}; write a * where they are "
+            "alike"
+        )
+    pairs: list[tuple[str, Path, Path]] = []
+    for found in sorted(glob.glob(left)):  # noqa: PTH207 - hidden names stay out
+        parts = iter(in_place_of_stars(left, found) or ())
+        partner = Path("".join(next(parts, "") if part == "*" else part for part in re.split(r"(\*)", right)))
+        if partner.is_file():
+            pairs.append((_name(Path(found), partner), Path(found), partner))
+        else:
+            warnings.warn(f"left out: {found} must have a partner {partner}, got none", RuntimeWarning, stacklevel=4)
+    if not pairs:
+        raise FileNotFoundError(f"{left} and {right} must be patterns of pairs, got no pair; name others")
+    return pairs
+
+
+def _name(left: Path, right: Path) -> str:
+    return f"{left.resolve().parent.name}/{left.stem}" if left.parent == right.parent else left.stem

@@ -2,59 +2,27 @@
 
 predictions/<name>.pfm          the disparity of the left view, in pixels
 predictions/<name>.png          the same in colours
-predictions/<name>_depth.pfm    the depth in metres, where the calibration is known
+predictions/kitti/<name>.png    where asked for, 256 x disparity in 16 bits, as KITTI's server wants it
+
+and where the calibration is known
+
+predictions/<name>_depth.pfm    the depth in metres
+predictions/<name>_depth.png    the same in millimetres, 16 bits; 0 where it is not known, or beyond 65.535 m
+predictions/<name>.ply          the points in metres, x to the right, y down, z ahead, in the colours of the left view
 """
 
-from dataclasses import dataclass
-from math import isfinite
+import io
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from lineara.runs.files import save_figure
+from lineara.runs.files import save_figure, written_whole
+from lineara.tasks.stereo_depth.calibration import Calibration, depth, points
 from lineara.tasks.stereo_depth.pfm import write_pfm
 from lineara.viz import disparity_picture
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What turns disparities into depths.
-
-    Args:
-        focal_length: in pixels, above 0.
-        baseline: distance of the two cameras in metres, above 0.
-        doffs: column of the right camera's principal point minus that of the left one, in pixels.
-
-    Raises:
-        ValueError: for other numbers.
-    """
-
-    focal_length: float
-    baseline: float
-    doffs: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value in (("focal_length", self.focal_length), ("baseline", self.baseline)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a number above 0, got {value}; mend the calibration")
-        if not isfinite(self.doffs):
-            raise ValueError(f"doffs must be a finite number of pixels, got {self.doffs}; mend the calibration")
-
-
-def depth(disparity: Tensor, calibration: Calibration) -> Tensor:
-    """Depths in metres: focal length x baseline / (disparity + doffs); infinite where that sum is not above 0.
-
-    Args:
-        disparity: of any shape, in pixels.
-        calibration: of the cameras.
-
-    Returns:
-        float32, of the shape of disparity.
-    """
-    shift = disparity.double() + calibration.doffs
-    metres = calibration.focal_length * calibration.baseline / shift
-    return torch.where(shift <= 0, torch.inf, metres).float()
 
 
 class PredictionFolder:
@@ -62,18 +30,23 @@ class PredictionFolder:
 
     Args:
         folder: made when it is missing.
+        kitti: whether to write what KITTI's server wants, too.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, kitti: bool = False) -> None:
         self.folder = Path(folder)
+        self.kitti = kitti
         self._taken: set[str] = set()
 
-    def add(self, disparity: Tensor, *, name: str, calibration: Calibration | None = None) -> Path:
-        """Write one map, its picture and, where the calibration is known, the depth.
+    def add(
+        self, disparity: Tensor, *, name: str, left: Tensor | None = None, calibration: Calibration | None = None
+    ) -> Path:
+        """Write one map, its picture and, where the calibration is known, depths and points.
 
         Args:
             disparity: (height, width), in pixels.
             name: of the pair, with or without folders; it gets a number if it has been taken.
+            left: (3, height, width), the colours of the left view in 0..1; None leaves points grey.
             calibration: of the cameras.
 
         Returns:
@@ -84,11 +57,17 @@ class PredictionFolder:
         map_ = disparity.detach().float().cpu()
         write_pfm(path, map_.numpy())
         save_figure(disparity_picture(map_), self.folder / f"{stem}.png")
-        depth_path = self.folder / f"{stem}_depth.pfm"
-        if calibration is not None:
-            write_pfm(depth_path, depth(map_, calibration).numpy())
-        else:
-            depth_path.unlink(missing_ok=True)  # of an earlier run: it would not belong to these disparities
+        if self.kitti:
+            _write_16_bits(self.folder / "kitti" / f"{stem}.png", map_ * 256)
+        depth_paths = [self.folder / f"{stem}{end}" for end in ("_depth.pfm", "_depth.png", ".ply")]
+        if calibration is None:
+            for old in depth_paths:  # of an earlier run: they would not belong to these disparities
+                old.unlink(missing_ok=True)
+            return path
+        depths = depth(map_, calibration)
+        write_pfm(depth_paths[0], depths.numpy())
+        _write_16_bits(depth_paths[1], depths * 1000)
+        _write_points(depth_paths[2], points(depths, calibration), left)
         return path
 
     def check_not_empty(self) -> None:
@@ -109,3 +88,26 @@ class PredictionFolder:
 def _joined(name: str) -> str:
     """The name of files for a pair: its folders joined by underscores, so that frames of two folders differ."""
     return "_".join(part for part in Path(name).parts if part not in ("/", ".", "..")) or "pair"
+
+
+def _write_16_bits(path: Path, numbers: Tensor) -> None:
+    """A grey image of whole numbers of 16 bits; 0 for what is not finite or does not fit."""
+    fits = numbers.isfinite() & (numbers > 0) & (numbers < 65535.5)
+    pixels = torch.where(fits, numbers, 0.0).round().numpy().astype(np.uint16)
+    with written_whole(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
+
+
+def _write_points(path: Path, where: Tensor, colours: Tensor | None) -> None:
+    """A binary PLY of the points (height, width, 3) that are finite."""
+    kept = where.isfinite().all(dim=2)
+    shade = torch.full((3, *kept.shape), 0.5) if colours is None else colours.detach().float().cpu()
+    rows = np.empty(int(kept.sum()), dtype=[("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    rows["xyz"] = where[kept].numpy()
+    rows["rgb"] = (255 * shade.clamp(0, 1)).round().permute(1, 2, 0)[kept].numpy()
+    header = io.StringIO()
+    print("ply\nformat binary_little_endian 1.0", f"element vertex {len(rows)}", sep="\n", file=header)
+    print(*(f"property float {axis}" for axis in "xyz"), sep="\n", file=header)
+    print(*(f"property uchar {colour}" for colour in ("red", "green", "blue")), "end_header", sep="\n", file=header)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(header.getvalue().encode("ascii") + rows.tobytes())

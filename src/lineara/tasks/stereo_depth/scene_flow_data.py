@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from lineara.tasks.stereo_depth.calibration import Unit
 from lineara.tasks.stereo_depth.data import CROPPED, StereoData
 from lineara.tasks.stereo_depth.frames import FileFrames, FrameFiles, matched, read_float_truth
 from lineara.tasks.stereo_depth.transforms import Augmentation
@@ -44,7 +45,7 @@ class SceneFlowData(StereoData):
         val_every: validation takes every so manieth frame of TEST, or scene of TRAIN.
         left_sign: "negative" where the files count the left view's disparities to the other side, as
             FlyingThings3D_subset's do. Files that contradict it are refused.
-        predict_left, predict_right, predict_calibration: as for `StereoData`.
+        predict_left, predict_right, predict_calibration, predict_unit: as for `StereoData`.
         augmentation: of training.
         batch_size: frames per batch of training and process.
         num_workers: processes that read frames.
@@ -65,6 +66,7 @@ class SceneFlowData(StereoData):
         predict_left: str | None = None,
         predict_right: str | None = None,
         predict_calibration: str | None = None,
+        predict_unit: Unit | None = None,
         augmentation: Augmentation = CROPPED,
         batch_size: int = 12,
         num_workers: int = 8,
@@ -75,6 +77,7 @@ class SceneFlowData(StereoData):
             predict_left=predict_left,
             predict_right=predict_right,
             predict_calibration=predict_calibration,
+            predict_unit=predict_unit,
             augmentation=augmentation,
             batch_size=batch_size,
             num_workers=num_workers,

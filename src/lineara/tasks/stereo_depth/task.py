@@ -11,9 +11,10 @@ from torch.nn.functional import smooth_l1_loss
 
 from lineara.runs.sharding import ShardedTask
 from lineara.tasks.step_schedule import StepSchedule
+from lineara.tasks.stereo_depth.calibration import Calibration
 from lineara.tasks.stereo_depth.metrics import StereoScores, protocol_named
 from lineara.tasks.stereo_depth.one_cycle import OneCycle
-from lineara.tasks.stereo_depth.predictions import Calibration, PredictionFolder
+from lineara.tasks.stereo_depth.predictions import PredictionFolder
 from lineara.tasks.stereo_depth.report import TestReport
 from lineara.tasks.stereo_depth.transforms import colours
 
@@ -43,6 +44,7 @@ class StereoDepth(ShardedTask):
         protocol: by which validation and test are measured: one of `metrics.PROTOCOLS`.
         initial_weights: file of weights to begin with, or checkpoint of another run: see
             `lineara.models.pretrained.load_plain_weights`. A run that is resumed, and a test, do without.
+        kitti_png: whether a prediction writes what KITTI's server wants, too.
 
     Source: Chang and Chen, "Pyramid Stereo Matching Network", CVPR 2018, arXiv 1803.08669, for the loss, its weights
     and the constant rate; Lipson et al., "RAFT-Stereo", 3DV 2021, arXiv 2109.07547, for the cycle.
@@ -64,6 +66,7 @@ class StereoDepth(ShardedTask):
         loss_weights: Sequence[float] = (0.5, 0.7, 1.0),
         protocol: str = "default",
         initial_weights: str | None = None,
+        kitti_png: bool = False,
     ) -> None:
         super().__init__()
         StepSchedule(1, milestones, gamma, 0)  # refuses milestones and factors that cannot be
@@ -81,6 +84,7 @@ class StereoDepth(ShardedTask):
         self.loss_weights = tuple(loss_weights)
         self.protocol = protocol_named(protocol)
         self.initial_weights = initial_weights
+        self.kitti_png = kitti_png
         self.val_scores = StereoScores(protocol, max_disparity)
         self.test_scores = StereoScores(protocol, max_disparity)
         self._plan: dict[str, float | str] = {}
@@ -245,15 +249,17 @@ class StereoDepth(ShardedTask):
             raise ValueError(
                 f"predict must run on one device, got {self.trainer.world_size}; call it with --trainer.devices 1"
             )
-        self._predictions = PredictionFolder(Path(self.trainer.default_root_dir) / "predictions")
+        self._predictions = PredictionFolder(Path(self.trainer.default_root_dir) / "predictions", kitti=self.kitti_png)
 
     def predict_step(self, batch: dict[str, Any], batch_index: int) -> list[str]:
         assert self._predictions is not None
         names = batch["name"]
         cameras = [Calibration(**numbers) for numbers in batch.get("calibration", ())] or [None] * len(names)
         return [
-            str(self._predictions.add(disparity, name=name, calibration=calibration))
-            for disparity, name, calibration in zip(self(batch["left"], batch["right"]), names, cameras)
+            str(self._predictions.add(disparity, name=name, left=left, calibration=calibration))
+            for disparity, name, left, calibration in zip(
+                self(batch["left"], batch["right"]), names, colours(batch["left"]), cameras
+            )
         ]
 
     def on_predict_end(self) -> None:
