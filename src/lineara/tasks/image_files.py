@@ -73,6 +73,12 @@ def read_pixels(path: Path | str, *, apply_exif: bool = True) -> Tensor:
     return pil_to_tensor(read_image(path, apply_exif=apply_exif)).contiguous()
 
 
+def is_image(path: Path | str) -> bool:
+    """Whether a path ends as an image's does, and is not hidden."""
+    path = Path(path)
+    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
+
+
 def list_images(folder: Path | str) -> list[Path]:
     """The images directly in a folder, by the ends of their names, sorted.
 
@@ -82,8 +88,7 @@ def list_images(folder: Path | str) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} must be a folder of images, got no such folder; name another one")
-    found = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in _SUFFIXES)
-    found = [path for path in found if not path.name.startswith(".")]
+    found = sorted(path for path in folder.iterdir() if is_image(path) and path.is_file())
     if not found:
         raise FileNotFoundError(f"{folder} must hold images ({', '.join(_SUFFIXES)}), got none; name another one")
     return found

@@ -129,6 +129,7 @@ def test_hidden_folders_and_other_files_are_no_classes(write_set, tmp_path):
     write_set(tmp_path, train={"a": 3, "b": 3, ".cache": 2}, val={"a": 1, "b": 1})
     (tmp_path / "train" / "list.txt").touch()
     (tmp_path / "train" / "a" / "notes.txt").touch()
+    (tmp_path / "train" / "a" / "._0.png").touch()
     data = make(tmp_path)
     data.setup("fit")
     assert data.classes == ["a", "b"]

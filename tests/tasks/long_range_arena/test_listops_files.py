@@ -326,13 +326,15 @@ def test_a_published_folder_is_read_without_its_parentheses(tmp_path, end):
     [
         ("", 1, "the header must be 'Source.tTarget', got ''"),
         ("[MIN 1 2 ]\t1\n", 1, "the header must be"),
-        ("Source\tTarget\n[MIN 1 2 ]\t1\n[MIN 1 2 ] 1\n", 3, "got no tab in '.MIN 1 2 . 1'"),
-        ("Source\tTarget\n[MIN 1 2 ]\t1\n\n", 3, "got no tab in ''"),
+        ("Source\tTarget\n[MIN 1 2 ]\t1\n[MIN 1 2 ] 1\n", 3, "got 0 tabs in '.MIN 1 2 . 1'"),
+        ("Source\tTarget\n[MIN 1 2 ]\t1\n\n[MIN 1 2\t1", 4, "one closed operator, got '.MIN 1 2'"),
+        ("Source\tTarget\n[MIN 1 2 ]\t2\n", 2, "the label must be the value of the expression, 1, got 2"),
+        ("Source\tTarget\n[MIN 1 2 ]\t1.5\n", 2, "the label must be one of 0..9, got '1.5'"),
         ("Source\tTarget\n[MIN 1 23 ]\t1\n", 2, "got '23'"),
         ("Source\tTarget\n[MIN 1 \xff ]\t1\n", 2, "got '\ufffd'"),
         ("Source\tTarget\n[MIN 1 2 ]\t10\n", 2, "the label must be one of 0..9, got '10'"),
         ("Source\tTarget\n[MIN 1 2 ]\t\n", 2, "the label must be one of 0..9, got ''"),
-        ("Source\tTarget\n[MIN 1 2 ]\t1\t1\n", 2, "the label must be one of 0..9, got '1.t1'"),
+        ("Source\tTarget\n[MIN 1 2 ]\t1\t1\n", 2, "got 2 tabs in"),
         ("Source\tTarget\n( )\t1\n", 2, "the expression must not be empty"),
     ],
 )
@@ -341,6 +343,15 @@ def test_a_broken_line_is_named(tmp_path, content, number, reason):
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}, line {number}: .*{reason}"):
         read_listops_tsv(path)
+
+
+def test_what_spreadsheets_change_is_no_fault(tmp_path):
+    path = tmp_path / "basic_val.tsv"
+    text = '"Source"\t"Target"\r\n"[MIN 1 2 ]"\t1.0\r\n\r\n[MAX 1 2 ] \t"2"\r\n\r\n'
+    path.write_text(text, encoding="utf-8-sig", newline="")
+    examples = read_listops_tsv(path)
+    assert [decode(tokens) for tokens, _ in examples] == ["[MIN 1 2 ]", "[MAX 1 2 ]"]
+    assert examples.labels.tolist() == [1, 2]
 
 
 def test_a_missing_published_file_is_named(tmp_path):

@@ -20,6 +20,7 @@ def folder(tmp_path):
             for number in reversed(range(size)):
                 (directory / f"{number}_5.txt").write_text(f"{split} {name} {number} é")
             (directory / "other.feat").write_text("0:1")
+            (directory / "._0_5.txt").write_bytes(b"Mac OS X")  # a hidden file that other programs leave
     (tmp_path / "aclImdb" / "train" / "unsup").mkdir()
     return tmp_path
 

@@ -25,7 +25,7 @@ def test_middleburys_calibration(tmp_path):
     path = tmp_path / "calib.txt"
     path.write_text(ADIRONDACK)
     expected = {"focal_length": 4161.221, "baseline": 0.176252, "doffs": 209.059, "center_x": 1445.577}
-    expected |= {"center_y": 984.686, "width": 2872, "height": 1984}
+    expected |= {"center_y": 984.686, "width": 2880, "height": 1988}
     assert read_calibration(path) == pytest.approx(expected)
     path.write_text(ADIRONDACK.replace("\n", "\r\n").replace("=", " = ").replace("doffs", "ignored"))
     assert read_calibration(str(path)) == pytest.approx(expected | {"doffs": 0})

@@ -8,7 +8,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from lineara.tasks.image_classification.data import ImageClassificationData
-from lineara.tasks.image_files import read_image
+from lineara.tasks.image_files import is_image, read_image
 
 # Of ImageNet's colours in 0..1; networks that torchvision publishes expect them whatever they are trained on.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -112,7 +112,7 @@ class ImageFolderData(ImageClassificationData):
             raise FileNotFoundError(
                 f"{folder} must be the {split} split, got no such folder; {_LAYOUT}; set --data.data_root"
             )
-        images = _ClassFolders(folder, loader=read_image, allow_empty=True)
+        images = _ClassFolders(folder, loader=read_image, allow_empty=True, is_valid_file=is_image)
         filled = set(images.targets)
         if empty := [name for name, label in images.class_to_idx.items() if label not in filled]:
             raise ValueError(
@@ -131,7 +131,7 @@ class ImageFolderData(ImageClassificationData):
 
 
 class _ClassFolders(ImageFolder):
-    """torchvision's, without the hidden folders that other programs leave."""
+    """torchvision's, without the hidden folders and files that other programs leave."""
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         names = sorted(path.name for path in Path(directory).iterdir() if path.is_dir())

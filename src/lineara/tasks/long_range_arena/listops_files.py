@@ -6,7 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from lineara.tasks.long_range_arena.generated_files import SPLITS, GeneratedFiles, check_sizes, cut
-from lineara.tasks.long_range_arena.listops import ListOpsExamples, ListOpsGrammar, encode, generate
+from lineara.tasks.long_range_arena.listops import (
+    ListOpsExamples,
+    ListOpsGrammar,
+    encode,
+    evaluate,
+    generate,
+)
 
 _BENCHMARK = ListOpsGrammar()
 _FILES = GeneratedFiles("listops", "ListOps", 1, ListOpsExamples, ("tokens", "offsets", "labels"))
@@ -73,13 +79,17 @@ def load_listops_folder(folder: Path | str) -> dict[str, ListOpsExamples]:
 def read_listops_tsv(path: Path | str) -> ListOpsExamples:
     """Examples of one published file: a header, then an expression, a tab and its value 0..9 on each line.
 
+    A mark of the byte order, blank lines, quotes around a field and values such as 5.0, as spreadsheets write them, are
+    no fault.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is broken; names the file and the line, the header being line 1.
+        ValueError: a line is broken, or a value is not its expression's; names the file and the line, the header being
+            line 1.
     """
     path = Path(path)
     try:
-        file = path.open(encoding="utf-8", errors="replace", newline="\n")
+        file = path.open(encoding="utf-8-sig", errors="replace", newline="\n")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} must be one of the published files basic_{{train,val,test}}.tsv, got no such file; "
@@ -87,11 +97,13 @@ def read_listops_tsv(path: Path | str) -> ListOpsExamples:
         ) from None
     tokens, labels = [np.zeros(0, np.uint8)], list[int]()
     with file:
-        if (header := file.readline().rstrip("\r\n")) != _HEADER:
+        if (header := "\t".join(_fields(file.readline()))) != _HEADER:
             raise ValueError(f"{path}, line 1: the header must be {_HEADER!r}, got {header[:80]!r}")
         for number, line in enumerate(file, start=2):
+            if not line.strip():
+                continue
             try:
-                expression, label = _parse(line.rstrip("\r\n"))
+                expression, label = _parse(line)
                 tokens.append(encode(expression))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
@@ -101,14 +113,26 @@ def read_listops_tsv(path: Path | str) -> ListOpsExamples:
 
 
 def _parse(line: str) -> tuple[str, int]:
-    expression, tab, label = line.partition("\t")
-    if not tab:
-        raise ValueError(f"a line must be an expression, a tab and a label, got no tab in {line[:80]!r}")
+    expression, *labels = _fields(line)
+    if len(labels) != 1:
+        raise ValueError(
+            f"a line must be an expression, a tab and a label, got {len(labels)} tabs in {line.strip()[:80]!r}"
+        )
     if not expression.strip(" ()"):
         raise ValueError(f"the expression must not be empty, got {expression[:80]!r}")
+    label = labels[0].removesuffix(".0")
     if label not in list("0123456789"):
         raise ValueError(f"the label must be one of 0..9, got {label[:80]!r}")
-    return expression, int(label)
+    value = evaluate(expression)
+    if value != int(label):
+        raise ValueError(f"the label must be the value of the expression, {value}, got {label}")
+    return expression, value
+
+
+def _fields(line: str) -> list[str]:
+    """The fields between tabs, without quotes around them."""
+    fields = [field.strip(" ") for field in line.rstrip("\r\n").split("\t")]
+    return [field[1:-1] if len(field) > 1 and field[0] == field[-1] == '"' else field for field in fields]
 
 
 def _file_name(grammar: ListOpsGrammar, seed: int, sizes: dict[str, int]) -> str:

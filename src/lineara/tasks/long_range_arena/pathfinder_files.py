@@ -124,7 +124,7 @@ def _folder_with_metadata(folder: Path) -> Path:
 
 def _metadata(folder: Path) -> list[Path]:
     """In the order of their numbers."""
-    files = [path for path in (folder / "metadata").glob("*.npy") if path.stem.isdecimal()]
+    files = [path for path in (folder / "metadata").glob("[!.]*.npy") if path.stem.isdecimal()]
     return sorted(files, key=lambda path: int(path.stem))
 
 

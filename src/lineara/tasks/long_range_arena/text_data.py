@@ -75,7 +75,7 @@ def _read_reviews(folder: Path, max_len: int) -> _Reviews:
     """Texts and labels, the negative ones first, each half in the order of the files' names."""
     texts, labels = list[bytes](), list[int]()
     for label, name in enumerate(_CLASSES):
-        paths = sorted((folder / name).glob("*.txt"))
+        paths = sorted((folder / name).glob("[!.]*.txt"))
         if not paths:
             raise FileNotFoundError(
                 f"{folder / name} must be a folder of IMDb reviews, got no .txt file there; unpack the published "
