@@ -11,9 +11,9 @@ import torch
 import torchvision
 from torch import nn
 
-from lineara.models import mask_rcnn, resnet
+from lineara.models import PSMNet, mask_rcnn, resnet
 from lineara.models.pretrained import load_plain_weights
-from lineara.nn import EfficientAttention2d
+from lineara.nn import EfficientAttention2d, EfficientAttention3d
 
 
 def attention(dim):
@@ -210,3 +210,89 @@ def test_without_the_package_a_file_of_safetensors_is_refused_with_what_to_do(tm
         ImportError, match=r"^a \.safetensors file must be read by the package safetensors, got none .*; call"
     ):
         load_plain_weights(resnet("resnet18", num_classes=7), tmp_path / "plain.safetensors")
+
+
+def published_psmnet(*, prefix="module.", counters=True):
+    """Random tensors by the names and in the order of the authors' network."""
+    found = {}
+
+    def tensor(name, *shape):
+        found[f"{prefix}{name}"] = torch.randn(shape) if shape else torch.tensor(7)
+
+    def norm(name, width):
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            tensor(f"{name}.{part}", width)
+        if counters:
+            tensor(f"{name}.num_batches_tracked")
+
+    def block(name, narrow, wide, kernel=3, dims=2, *, transposed=False):
+        tensor(f"{name}.0.weight", *((narrow, wide) if transposed else (wide, narrow)), *[kernel] * dims)
+        norm(f"{name}.1", wide)
+
+    features = "feature_extraction"
+    for number, narrow in ((0, 3), (2, 32), (4, 32)):
+        block(f"{features}.firstconv.{number}", narrow, 32)
+    width = 32
+    for layer, blocks, wide in ((1, 3, 32), (2, 16, 64), (3, 3, 128), (4, 3, 128)):
+        for number in range(blocks):
+            name = f"{features}.layer{layer}.{number}"
+            block(f"{name}.conv1.0", width, wide)
+            block(f"{name}.conv2", wide, wide)
+            if number == 0 and layer in (2, 3):
+                block(f"{name}.downsample", width, wide, 1)
+            width = wide
+    for number in range(1, 5):
+        block(f"{features}.branch{number}.1", 128, 32, 1)
+    block(f"{features}.lastconv.0", 320, 128)
+    tensor(f"{features}.lastconv.2.weight", 32, 128, 1, 1)
+    for name, narrow in (("dres0.0", 64), ("dres0.2", 32), ("dres1.0", 32), ("dres1.2", 32)):
+        block(name, narrow, 32, dims=3)
+    for name in ("dres2", "dres3", "dres4"):
+        for part, narrow in (("conv1.0", 32), ("conv2", 64), ("conv3.0", 64), ("conv4.0", 64)):
+            block(f"{name}.{part}", narrow, 64, dims=3)
+        block(f"{name}.conv5", 64, 64, dims=3, transposed=True)
+        block(f"{name}.conv6", 64, 32, dims=3, transposed=True)
+    for name in ("classif1", "classif2", "classif3"):
+        block(f"{name}.0", 32, 32, dims=3)
+        tensor(f"{name}.2.weight", 1, 32, 3, 3, 3)
+    return found
+
+
+@pytest.mark.parametrize("counters", [True, False])
+@pytest.mark.parametrize("attention", [None, EfficientAttention3d])
+def test_psmnets_published_weights_are_loaded(tmp_path, counters, attention):
+    published = published_psmnet(counters=counters)
+    assert not counters or len(published) == 514
+    torch.save({"epoch": 300, "state_dict": published, "train_loss": 0.5}, tmp_path / "pretrained.tar")
+    network = PSMNet(attention=attention)
+    missing = load_plain_weights(network, tmp_path / "pretrained.tar")
+    assert all(name.startswith("attention.") or name.endswith("num_batches_tracked") for name in missing)
+    own = network.state_dict()
+    for ours, theirs in (
+        ("features.stem.0.weight", "feature_extraction.firstconv.0.0.weight"),
+        ("features.group2.15.body.4.running_var", "feature_extraction.layer2.15.conv2.1.running_var"),
+        ("features.branches.0.0.weight", "feature_extraction.branch1.1.0.weight"),
+        ("entry.0.weight", "dres0.0.0.weight"),
+        ("residual.0.weight", "dres1.0.0.weight"),
+        ("hourglasses.1.down1.0.weight", "dres3.conv1.0.0.weight"),
+        ("hourglasses.2.up1.0.weight", "dres4.conv6.0.weight"),
+        ("heads.2.3.weight", "classif3.2.weight"),
+    ):
+        assert torch.equal(own[ours], published[f"module.{theirs}"]), ours
+    fusion, theirs = own["features.fusion.0.weight"], published["module.feature_extraction.lastconv.0.0.weight"]
+    assert torch.equal(fusion[:, :192], theirs[:, :192])
+    for branch in range(4):
+        there = 192 + 32 * (3 - branch)
+        assert torch.equal(fusion[:, 192 + 32 * branch :][:, :32], theirs[:, there : there + 32])
+
+
+def test_published_weights_of_another_form_are_refused(tmp_path):
+    published = published_psmnet(prefix="")
+    published.popitem()
+    torch.save(published, tmp_path / "short.tar")
+    with pytest.raises(ValueError, match=r"got 513 of the published PSMNet for 514 of it; load them into a PSMNet"):
+        load_plain_weights(PSMNet(), tmp_path / "short.tar")
+    published = published_psmnet() | {"module.dres0.0.0.weight": torch.zeros(32, 64, 3, 3, 1)}
+    torch.save(published, tmp_path / "other.tar")
+    with pytest.raises(ValueError, match=r"got entry\.0\.weight of shape \(32, 64, 3, 3, 1\) instead of"):
+        load_plain_weights(PSMNet(), tmp_path / "other.tar")

@@ -17,6 +17,9 @@ _PREDICTORS = re.compile(
 )
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _COUNTERS = "num_batches_tracked"  # frozen normalisation keeps none
+# How the names of PSMNet's published weights begin, and the convolution whose branches they have in another order.
+_PSMNET = ("module.feature_extraction.", "feature_extraction.")
+_FUSION, _BEFORE_BRANCHES, _BRANCH = "features.fusion.0.weight", 192, 32
 
 
 def load_plain_weights(network: nn.Module, path: Path | str, *, part: str | None = None) -> list[str]:
@@ -27,7 +30,9 @@ def load_plain_weights(network: nn.Module, path: Path | str, *, part: str | None
 
     Args:
         network: made by `resnet` or `mask_rcnn`, or a `PSMNet`.
-        path: a state dict of torchvision, saved by torch.save or as `.safetensors`; or a checkpoint of `lineara fit`.
+        path: a state dict of torchvision, saved by torch.save or as `.safetensors`; a checkpoint of `lineara fit`; or,
+            for a `PSMNet`, one that its authors have published: its tensors stand in the order of ours, but for the
+            branches of the pyramid.
         part: submodule of `network` to load into, such as `"backbone.body"` for weights of a ResNet; None is all of it.
 
     Returns:
@@ -42,6 +47,8 @@ def load_plain_weights(network: nn.Module, path: Path | str, *, part: str | None
     weights = _read(Path(path))
     target = network if part is None else network.get_submodule(part)
     own = target.state_dict()
+    if any(name.startswith(_PSMNET) for name in weights):
+        weights = _from_published_psmnet(path, weights, own)
     without_classifier = not any(name.startswith("fc.") for name in own)
     weights = {
         name: tensor
@@ -64,6 +71,23 @@ def load_plain_weights(network: nn.Module, path: Path | str, *, part: str | None
     return missing
 
 
+def _from_published_psmnet(
+    path: Path | str, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors by our names: they stand in one order."""
+    are_counted = any(name.endswith(_COUNTERS) for name in weights)
+    names = [name for name in own if not _ATTENTION.search(name) and (are_counted or not name.endswith(_COUNTERS))]
+    if len(names) != len(weights) or _FUSION not in names:
+        raise ValueError(
+            f"{path} must hold the weights of this network, got {len(weights)} of the published PSMNet for "
+            f"{len(names)} of it; load them into a PSMNet"
+        )
+    named = dict(zip(names, weights.values()))
+    _check_shapes(path, [name for name in names if own[name].shape != named[name].shape], own, named)
+    first, *branches = named[_FUSION].split([_BEFORE_BRANCHES, *[_BRANCH] * 4], dim=1)
+    return named | {_FUSION: torch.cat([first, *reversed(branches)], dim=1)}
+
+
 def _check_shapes(path: Path | str, wrong: list[str], own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     if wrong:
         raise ValueError(
@@ -84,12 +108,15 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         reader = "safetensors" if path.suffix == ".safetensors" else "torch"
         raise ValueError(f"{path} must be a file of weights, got a file that {reader} cannot read") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        given = content["state_dict"]
         of_network = "network."
         content = {
             name.removeprefix(of_network): tensor
-            for name, tensor in content["state_dict"].items()
+            for name, tensor in given.items()
             if isinstance(name, str) and name.startswith(of_network)
         }
+        if any(isinstance(name, str) and name.startswith(_PSMNET) for name in given):
+            content = given
     why = _complaint(content)
     if why is not None:
         raise ValueError(
