@@ -90,7 +90,7 @@ def test_means_over_pixels_images_and_groups():
     assert (found["over_3px"], found["over_3px_per_image"]) == (0.25, 0.5)
     assert set(found) == {
         *(f"{name}{end}" for name in ("epe", "over_1px", "over_3px", "d1") for end in ("", "_per_image")),
-        *("frames", "frames_without_valid_pixels"),
+        *("frames", "frames_without_valid_pixels", "beyond_max_disparity"),
     }
     assert scores("psmnet", images)["epe"] == 3.0  # a group of two
     for protocol in ("gwcnet", "raft"):
@@ -119,9 +119,13 @@ def test_images_without_valid_pixels_are_counted_and_left_out(protocol):
     good = row([12.0, 10.0], [10.0, 10.0])
     empty = [row([1.0, NAN], [INF, 900.0]), row([1.0, 2.0], [5.0, 5.0], [False, False])]
     with_empty, without = scores(protocol, [empty[0], good, empty[1]]), scores(protocol, [good])
-    assert with_empty == without | {"frames": 3, "frames_without_valid_pixels": 2}
+    assert with_empty == without | {
+        **{"frames": 3, "frames_without_valid_pixels": 2},
+        "beyond_max_disparity": 1 / 3,
+    }
     nothing = scores(protocol, empty)
     assert (nothing.pop("frames"), nothing.pop("frames_without_valid_pixels")) == (2, 2)
+    assert nothing.pop("beyond_max_disparity") == 1.0
     assert all(isnan(value) for value in nothing.values())
 
 

@@ -349,7 +349,9 @@ def test_a_validation_logs_the_scores_of_the_split(tmp_path):
         trainer.validate(task, data, verbose=False)
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         expected = expected_scores(task.network, data)
-        assert logged == pytest.approx({f"val/{name}": expected[name] for name in SCORES}, rel=1e-5)
+        assert logged == pytest.approx(
+            {f"val/{name}": expected[name] for name in (*SCORES, "beyond_max_disparity")}, rel=1e-5
+        )
     errors = []
     for one in data.val:
         errors.append(counting_errors(9 * one["left"][0], one))
@@ -401,7 +403,7 @@ def test_a_test_of_the_same_split_gives_the_numbers_of_the_last_validation(tmp_p
     assert (statistics["frames"], statistics["frames_without_valid_pixels"]) == (5, 0)
     assert "trivial_answers" not in statistics
     said = capsys.readouterr().out
-    assert "5 frames, protocol default\n" in said
+    assert "5 frames, protocol default, 0.9% of the truths left out, which max_disparity does not reach\n" in said
     assert re.search(rf"^network +{statistics['epe']:.3f} +{100 * statistics['over_1px']:.2f} %", said, re.MULTILINE)
     assert f"statistics: {tmp_path / 'statistics.json'}\npicture: {tmp_path / 'comparison.png'}\n" in said
     with Image.open(tmp_path / "comparison.png") as picture:
@@ -749,7 +751,12 @@ def test_the_best_checkpoint_is_tested_beside_the_trivial_answers(recipe, finish
     assert set(statistics["trivial_answers"]) == {"constant_median", "block_matching"}
     assert statistics["trivial_answers"]["block_matching"]["epe"] < statistics["epe"]
     said = capsys.readouterr().out
-    for line in (r"1 frame, protocol default$", "network  ", "constant_median  ", "block_matching  "):
+    for line in (
+        r"1 frame, protocol default, 37\.5% of the truths left out, .*$",
+        "network  ",
+        "constant_median  ",
+        "block_matching  ",
+    ):
         assert re.search(f"^{line}", said, re.MULTILINE), line
     assert "Test metric" not in said
     assert (run_dir / "comparison.png").is_file()

@@ -148,6 +148,7 @@ class StereoScores(Metric):
     group_sums: Tensor
     open_sums: Tensor
     counts: Tensor
+    truths: Tensor
 
     def __init__(self, protocol: str = "default", max_disparity: int = 192) -> None:
         super().__init__()
@@ -157,6 +158,8 @@ class StereoScores(Metric):
         self.max_disparity = max_disparity
         for name in ("pixel_sums", "image_sums", "group_sums", "open_sums"):
             self.add_state(name, torch.zeros(len(_MEASURES), dtype=torch.float64), dist_reduce_fx="sum")
+        # Truths above 0, and those of them that max_disparity leaves out.
+        self.add_state("truths", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
         # Pixels, images, groups that count; pixels and images of the open group; images in all.
         self.add_state("counts", torch.zeros(6, dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -182,7 +185,10 @@ class StereoScores(Metric):
         counted = self.protocol.counted(disparity, valid, max_disparity=self.max_disparity)
         for image in range(len(names)):
             truth = disparity[image][counted[image]].double()  # (n,)
-            positive = int((valid[image] & torch.isfinite(disparity[image]) & (disparity[image] > 0)).sum())
+            is_positive = valid[image] & torch.isfinite(disparity[image]) & (disparity[image] > 0)
+            positive = int(is_positive.sum())
+            beyond = int((is_positive & (disparity[image] >= self.max_disparity)).sum())
+            self.truths += torch.tensor([positive, beyond], device=self.truths.device)
             if len(truth) < self.protocol.least_share * positive:
                 truth = truth[:0]
             error = (prediction[image][counted[image]].double()[: len(truth)] - truth).abs()
@@ -194,7 +200,9 @@ class StereoScores(Metric):
             self._add(error, truth)
 
     def compute(self) -> dict[str, float]:
-        """The means, and frames (all of them) and frames_without_valid_pixels (those in no mean).
+        """The means, frames (all of them), frames_without_valid_pixels (those in no mean), and beyond_max_disparity.
+
+        The last is the share of truths that max_disparity leaves out.
 
         Where no pixel of any image counts, the means are NaN.
         """
@@ -209,6 +217,8 @@ class StereoScores(Metric):
         else:
             of_images = _means(self.image_sums, images)
             scores = _means(self.pixel_sums, pixels) | {f"{name}_per_image": of_images[name] for name in of_images}
+        truths, beyond = self.truths.tolist()
+        scores["beyond_max_disparity"] = beyond / truths if truths else nan
         return scores | {"frames": float(frames), "frames_without_valid_pixels": float(frames - images)}
 
     def _add(self, error: Tensor, truth: Tensor) -> None:

@@ -100,6 +100,8 @@ def scores_table(scores: Mapping[str, Mapping[str, float]], *, protocol: str) ->
     frames, without = int(first["frames"]), int(first["frames_without_valid_pixels"])
     measured = f"{frames:,} frame{'' if frames == 1 else 's'}, protocol {protocol}"
     measured += f", {without:,} without valid pixels left out" if without else ""
+    beyond = first.get("beyond_max_disparity", 0.0)
+    measured += f", {beyond:.1%} of the truths left out, which max_disparity does not reach" if beyond > 0 else ""
     width = max(map(len, lines))
     rows = [f"{'':{width}}    EPE px  " + "  ".join(f"{title:>8}" for title in _SHARES.values())]
     for title, values in lines.items():
