@@ -22,6 +22,7 @@ _TRAINING = {
 _SETS = {
     "listops": ("long_range_arena", "ListOpsData", "nested list operations: generate"),
     "text": ("long_range_arena", "TextData", "IMDb reviews as bytes: check"),
+    "texts": ("long_range_arena", "TextFileData", "texts of your own, CSV, TSV or JSONL: check"),
     "retrieval": ("long_range_arena", "RetrievalData", "pairs of papers as bytes: check"),
     "image": ("long_range_arena", "ImageData", "CIFAR-10 in grey, pixel by pixel: check"),
     "pathfinder": ("long_range_arena", "PathfinderData", "drawings of paths, pixel by pixel: generate"),

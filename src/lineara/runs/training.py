@@ -139,7 +139,7 @@ class TrainingCommand(LightningCLI):
         if self.subcommand is None:
             return trainer
         folder, callbacks = _checkpoint_folder(str(run_dir)), trainer.callbacks  # type: ignore[attr-defined]
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined] - `self.trainer` is not yet there
             # A second file, because with `save_last` Lightning writes it only when it writes a new best one.
             last = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=False)
             callbacks += [KeepRun(self._recipe(self.subcommand)), last, RoomForCheckpoints()]
@@ -186,6 +186,9 @@ class TrainingCommand(LightningCLI):
     def _together(self, name: str, arguments: dict[str, Any]) -> None:
         if arguments.get("ckpt_path") is not None:
             check_usable(Path(arguments["ckpt_path"]), self.model, to_go_on=name == "fit")
+        check_length = getattr(self.model, "check_length", None)
+        if name == "fit" and check_length is not None and self.trainer.max_steps > 0 and not self._is_trial():
+            check_length(self.trainer.max_steps)
         try:
             getattr(self.trainer, name)(**arguments)
         except RuntimeError as error:
@@ -196,6 +199,9 @@ class TrainingCommand(LightningCLI):
                 "where memory ran out, lower --data.num_workers or the batch size, and go on with the same command and "
                 "--ckpt_path last"
             ) from error
+
+    def _is_trial(self) -> bool:
+        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
 
     def _recipe(self, subcommand: str) -> str:
         """The configuration of the run, without what belongs to this start of it."""

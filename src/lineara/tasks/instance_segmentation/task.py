@@ -136,6 +136,14 @@ class InstanceSegmentation(ShardedTask):
         """What a complaint about a batch calls its images."""
         return [f"image {target['image_id']}" for target in batch["targets"]]
 
+    def check_length(self, total_steps: int) -> None:
+        """Raise unless the warm-up fits into a run of so many steps; a fit asks before it prepares data."""
+        if self.warmup_steps >= total_steps:
+            raise ValueError(
+                f"warmup_steps must be below the run's {total_steps} steps, got {self.warmup_steps}; "
+                "set --model.init_args.warmup_steps or --trainer.max_epochs"
+            )
+
     def configure_optimizers(self) -> Any:
         trained = [weight for weight in self.parameters() if weight.requires_grad]
         images_per_step = self._images_per_step()
@@ -143,11 +151,8 @@ class InstanceSegmentation(ShardedTask):
         optimizer = torch.optim.SGD(trained, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay)
         steps_per_epoch = self._steps_per_epoch()
         total_steps = self.trainer.estimated_stepping_batches
-        if self.warmup_steps >= total_steps and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"warmup_steps must be below the run's {total_steps} steps, got {self.warmup_steps}; "
-                "set --model.init_args.warmup_steps or --trainer.max_epochs"
-            )
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.check_length(int(total_steps))
         self._plan = {
             "learning rate": lr,
             "images per step": images_per_step,

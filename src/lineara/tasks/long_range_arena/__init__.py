@@ -11,6 +11,7 @@ _MODULES = {
     "RetrievalData": "retrieval_data",
     "SequenceClassification": "task",
     "TextData": "text_data",
+    "TextFileData": "text_file_data",
 }
 __all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 

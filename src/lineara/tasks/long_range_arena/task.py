@@ -51,6 +51,7 @@ class SequenceClassification(ShardedTask):
         if sequence_parallel > 1:
             _check_shares_positions(network, sequence_parallel)
         self.network = network
+        self.num_classes = num_classes
         self.sequence_parallel = sequence_parallel
         self.peak_lr = peak_lr
         self.warmup_steps = warmup_steps
@@ -64,6 +65,15 @@ class SequenceClassification(ShardedTask):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         return self.network(batch["tokens"], mask=batch["mask"])
+
+    def setup(self, stage: str) -> None:
+        """Refuse data of more classes, or fewer, than the network tells apart."""
+        classes = getattr(self.trainer.datamodule, "classes", None)  # type: ignore[attr-defined]
+        if classes and len(classes) != self.num_classes:
+            raise ValueError(
+                f"num_classes must be that of the data, got {self.num_classes} and the {len(classes)} classes "
+                f"{', '.join(classes)}; set --model.init_args.num_classes and that of the network"
+            )
 
     def on_train_start(self) -> None:
         """Raise unless a resumed run is as long as it was planned: its learning rates depend on that."""
@@ -120,6 +130,14 @@ class SequenceClassification(ShardedTask):
         self._rows.clear()
         self.print(f"predictions: {path}")
 
+    def check_length(self, total_steps: int) -> None:
+        """Raise unless the warm-up fits into a run of so many steps; a fit asks before it prepares data."""
+        if not 1 < self.warmup_steps < total_steps:
+            raise ValueError(
+                f"warmup_steps must lie between 1 and the run's {total_steps} steps, got {self.warmup_steps}; "
+                "set --model.init_args.warmup_steps or --trainer.max_steps"
+            )
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.peak_lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0
@@ -127,11 +145,7 @@ class SequenceClassification(ShardedTask):
         total_steps = int(self.trainer.estimated_stepping_batches)
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return optimizer
-        if not 1 < self.warmup_steps < total_steps:
-            raise ValueError(
-                f"warmup_steps must lie between 1 and the run's {total_steps} steps, got {self.warmup_steps}; "
-                "set --model.init_args.warmup_steps or --trainer.max_steps"
-            )
+        self.check_length(total_steps)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             max_lr=self.peak_lr,
