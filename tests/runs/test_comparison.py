@@ -360,7 +360,7 @@ def test_a_recipe_is_a_path_or_a_name_in_recipes(tmp_path, monkeypatch):
     path.touch()
     path.with_stem("listops_linear").touch()
     assert find_recipe("listops_softmax") == find_recipe(str(path)) == path
-    with pytest.raises(FileNotFoundError, match=r"got 'listops_sofmax'; there are: listops_linear, listops_softmax$"):
+    with pytest.raises(FileNotFoundError, match=rr"got 'listops_sofmax'; did you mean listops_softmax\?$"):
         find_recipe("listops_sofmax")
 
 

@@ -1,5 +1,6 @@
 """The report of a comparison, by made-up results whose means and spreads are known."""
 
+import csv
 import json
 
 import pytest
@@ -100,9 +101,31 @@ def test_one_run_is_described_in_a_line():
     assert softmax.describe(1) == "test/accuracy 0.3750, peak 2,345.6 MB"
 
 
-def test_three_files_are_written(tmp_path):
+TABLES = [f"comparison.{end}" for end in ("csv", "json", "md", "tex")]
+
+
+def test_rows_are_written_for_spreadsheets_and_papers(tmp_path):
     write_report(rows(), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "comparison.md", "trade_off.png"]
+    lines = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
+    assert [(line["recipe"], line["seed"], line["test/accuracy"]) for line in lines[:3]] == [
+        ("efficient", "0", "0.38"),
+        ("efficient", "1", "0.4"),
+        ("efficient", "2", "0.42"),
+    ]
+    assert [line["failure"] for line in lines if line["failure"]] == ["the disk is full", "dim must be even"]
+    text = (tmp_path / "comparison.tex").read_text()
+    assert f"efficient & 0.4000 $\\pm$ {0.02 / 3**0.5:.4f} & 3.00 & 13.0 & 1,234,567 \\\\" in text
+    named = rows()
+    named[0].recipe = "a_b&c%"
+    write_report(named, tmp_path)
+    assert r"a\_b\&c\% & " in (tmp_path / "comparison.tex").read_text()
+
+
+def test_files_and_pictures_are_written(tmp_path):
+    write_report(rows(), tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [*TABLES, "trade_off.pdf", "trade_off.png"]
+    assert (tmp_path / "trade_off.pdf").read_bytes().startswith(b"%PDF")
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert (written["score"], written["lower_is_better"], written["seeds"]) == ("test/accuracy", False, [0, 1, 2])
     first, second, third, fourth = written["recipes"]
@@ -118,4 +141,4 @@ def test_three_files_are_written(tmp_path):
 
 def test_without_a_finished_run_there_is_no_picture(tmp_path):
     write_report(rows()[2:], tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "comparison.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == TABLES

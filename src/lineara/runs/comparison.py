@@ -2,7 +2,7 @@
 
 The output folder holds
 
-    comparison.md, comparison.json, trade_off.png    rewritten after every run
+    comparison.md, .json, .csv and .tex, trade_off.png and .pdf    rewritten after every run
     <recipe>/seed<k>/                                a run folder as `lineara fit` leaves it, and in it
         settings.json       what the run was begun with
         output.txt          what its last start wrote
@@ -21,6 +21,7 @@ from typing import Any
 
 from lineara.runs.comparison_report import Row, write_report
 from lineara.runs.files import write_text
+from lineara.runs.parser_errors import did_you_mean
 from lineara.runs.run_cost import collect
 from lineara.runs.run_folder import locked_folder
 from lineara.runs.training import TrainingCommand, flat_settings
@@ -53,9 +54,10 @@ def find_recipe(name: str) -> Path:
         return path
     known = {file.stem: file for file in sorted(_RECIPES.glob("*/*.yaml"))}
     if name not in known:
+        near = did_you_mean(name, known)
+        there = f"there are: {', '.join(known) or 'none (the current folder holds no recipes)'}"
         raise FileNotFoundError(
-            f"a recipe must be a file, or the name of one in {_RECIPES}/, got {name!r}; there are: "
-            f"{', '.join(known) or 'none (the current folder holds no recipes)'}"
+            f"a recipe must be a file, or the name of one in {_RECIPES}/, got {name!r}{near or f'; {there}'}"
         )
     return known[name]
 

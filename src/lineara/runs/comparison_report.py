@@ -1,5 +1,7 @@
-"""The report of a comparison: a table, the same numbers as JSON, and a picture of score against cost."""
+"""The report of a comparison: tables, the same numbers for programs, and a picture of score against cost."""
 
+import csv
+import io
 import json
 import statistics
 from collections.abc import Sequence
@@ -7,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lineara.runs.files import write_text, written_whole
+from lineara.runs.files import save_figure, write_text
 
 _NOT_YET = "not yet run"
 _BUDGET = ("trainer.max_steps", "data.init_args.batch_size")
@@ -112,7 +114,7 @@ class Row:
 
 
 def write_report(rows: Sequence[Row], output: Path) -> None:
-    """Write comparison.md, comparison.json and, once there is something to draw, trade_off.png."""
+    """Write comparison.md, .json, .csv and .tex and, once there is something to draw, trade_off.png and .pdf."""
     from lineara.viz.trade_off import trade_off
 
     first = rows[0]
@@ -124,11 +126,13 @@ def write_report(rows: Sequence[Row], output: Path) -> None:
     }
     write_text(output / "comparison.json", json.dumps(content, indent=1) + "\n")
     write_text(output / "comparison.md", comparison_table(rows) + "\n")
+    write_text(output / "comparison.csv", _as_csv(rows))
+    write_text(output / "comparison.tex", _as_latex(rows))
     drawn = [row.as_dict() for row in rows if row.score is not None and row.seconds_per_step is not None]
     if drawn:
         figure = trade_off(drawn, score_label=f"{first.score_name} ({_direction(first)})")
-        with written_whole(output / "trade_off.png") as temporary:
-            figure.savefig(temporary)
+        for end in (".png", ".pdf"):
+            save_figure(figure, output / f"trade_off{end}")
 
 
 def comparison_table(rows: Sequence[Row]) -> str:
@@ -143,6 +147,42 @@ def comparison_table(rows: Sequence[Row]) -> str:
         cells += ["" if row.num_parameters is None else f"{row.num_parameters:,}", _seeds_done(row)]
         lines.append([row.recipe, *cells])
     return "\n".join([*_aligned(lines), "", *_notes(rows)])
+
+
+def _as_csv(rows: Sequence[Row]) -> str:
+    """A line for every seed of every recipe; empty where a run is not done."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(
+        ["recipe", "seed", rows[0].score_name, "seconds_per_step", "peak_bytes", "num_parameters", "failure"]
+    )
+    for row in rows:
+        for seed in row.seeds:
+            result = row.results.get(seed, {})
+            score = result.get("metrics", {}).get(row.score_name)
+            numbers = [result.get(name) for name in ("seconds_per_step", "peak_bytes", "num_parameters")]
+            table.writerow([row.recipe, seed, score, *numbers, row.failures.get(seed)])
+    return text.getvalue()
+
+
+def _as_latex(rows: Sequence[Row]) -> str:
+    """A table for the packages booktabs and amsmath; scores are means with their standard errors over the seeds."""
+    lines = [r"\begin{tabular}{lrrrr}", r"\toprule"]
+    lines += [rf"recipe & {_escaped(rows[0].score_name)} & ms per step & peak MB & parameters \\", r"\midrule"]
+    for row in rows:
+        score = "--" if row.score is None else f"{row.score:.4f}"
+        error = "" if row.spread is None else rf" $\pm$ {row.spread / len(row.scores) ** 0.5:.4f}"
+        seconds, peak = row.seconds_per_step, row.peak_bytes
+        cells = [score + error, _number(seconds and seconds * 1e3, 2), _number(peak and peak / 1e6, 1)]
+        cells.append("" if row.num_parameters is None else f"{row.num_parameters:,}")
+        lines.append(" & ".join([_escaped(row.recipe), *(cell or "--" for cell in cells)]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _escaped(text: str) -> str:
+    for character in "\\&%$#_{}":
+        text = text.replace(character, r"\textbackslash " if character == "\\" else f"\\{character}")
+    return text
 
 
 def _score(row: Row) -> str:
