@@ -176,7 +176,7 @@ def test_every_command_helps(call, command):
 
 
 @pytest.mark.parametrize(
-    ("words", "complaint"),
+    ("words", "reason"),
     [
         (["sing"], "argument COMMAND: invalid choice: 'sing'"),
         (["--sing"], "the following arguments are required: COMMAND"),
@@ -191,12 +191,12 @@ def test_every_command_helps(call, command):
         (["bench", "cost", "--positions"], "argument --positions: expected at least one argument"),
     ],
 )
-def test_a_wrong_word_is_answered_by_the_usage_and_one_line(call, words, complaint):
+def test_a_wrong_word_is_answered_by_the_usage_and_one_line(call, words, reason):
     status, output, error = call(*words)
     assert (status, output) == (2, "")
     assert error.startswith("usage: lineara")
     *_, last = error.splitlines()
-    assert f": error: {complaint}" in last
+    assert f": error: {reason}" in last
     assert error.count("error") == 1
 
 

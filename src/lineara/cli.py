@@ -228,8 +228,8 @@ def _leave_out_advice() -> None:
 
 def _data(name: str, words: list[str]) -> None:
     _leave_out_advice()
-    drawer, kind, _ = _SETS[name]
-    kind = getattr(import_module(f"lineara.tasks.{drawer}"), kind)
+    package, kind, _ = _SETS[name]
+    kind = getattr(import_module(f"lineara.tasks.{package}"), kind)
     import jsonargparse  # after lineara.tasks, which says which extra is missing
 
     from lineara.runs.parser_errors import one_sentence

@@ -215,7 +215,7 @@ def traffic(operation: str, options: dict[str, Any], impl: str, length: int, cou
 # Wrong calls, meshes, groups of some ranks, compiled calls.
 
 
-def complaint(group: Any) -> str:
+def reason(group: Any) -> str:
     tensor = torch.zeros(1, 1, 2, 3)
     try:
         ops.efficient_attention(tensor, tensor, tensor, group=group)
@@ -290,12 +290,12 @@ def main(rank: int, num_ranks: int, folder: Path) -> None:
         found["mesh"] = (some, results(CALLS[some], rank, num_ranks, mesh))
         square = dist.device_mesh.init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "sequence"))
         first = dist.new_group([0])
-        found["complaints"] = {
-            "square": complaint(square),
-            "member": complaint(first),
-            "mesh member": complaint(dist.device_mesh.DeviceMesh("cpu", [0])),
-            "name": complaint("sequence"),
-            "dimension": complaint(square["sequence"]),
+        found["reasons"] = {
+            "square": reason(square),
+            "member": reason(first),
+            "mesh member": reason(dist.device_mesh.DeviceMesh("cpu", [0])),
+            "name": reason("sequence"),
+            "dimension": reason(square["sequence"]),
         }
         counter = Traffic()
         found["traffic"] = {

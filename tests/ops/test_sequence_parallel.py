@@ -106,7 +106,7 @@ def test_of_packed_sequences_every_rank_has_its_parts(given):
 
 
 def test_wrong_groups_get_one_sentence(given):
-    zero, one = (rank["complaints"] for rank in given(2))
+    zero, one = (rank["reasons"] for rank in given(2))
     for found in (zero, one):
         assert found["square"] == (
             "ValueError: group must be a mesh of one dimension, got 2 of them; pass mesh[name of the dimension]"

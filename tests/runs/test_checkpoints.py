@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lineara.runs.checkpoints import KeepRun, WholeCheckpoints
+from lineara.runs.checkpoints import AtomicCheckpointIO, SaveRunState
 
 
 class Harmless:
@@ -24,7 +24,7 @@ def test_what_a_checkpoint_holds_is_never_run_whoever_reads_it(tmp_path):
     torch.save({"state_dict": Harmless(tmp_path / "made")}, tmp_path / "bad.ckpt")
     for asked in (None, False, True):
         with pytest.raises(Exception, match="Weights only load failed"):
-            WholeCheckpoints().load_checkpoint(tmp_path / "bad.ckpt", weights_only=asked)
+            AtomicCheckpointIO().load_checkpoint(tmp_path / "bad.ckpt", weights_only=asked)
     assert not (tmp_path / "made").exists()
 
 
@@ -35,7 +35,7 @@ def test_each_process_goes_on_with_its_own_random_numbers():
         states.append(torch.get_rng_state())
     drawn = []
     for rank in (0, 1, 2):
-        keep = KeepRun("")
+        keep = SaveRunState("")
         trainer = SimpleNamespace(global_rank=rank, state=SimpleNamespace(fn="fit"))
         keep.on_load_checkpoint(trainer, None, {"lineara_random_state": torch.stack(states)})
         keep.on_train_start(None, None)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from lineara.runs.comparison import _RUN, _complaint, compare, find_recipe
-from lineara.runs.run_folder import locked_folder
+from lineara.runs.comparison import _RUN, _reason, compare, find_recipe
+from lineara.runs.run_folder import folder_lock
 
 # What Lightning's command line still calls of jsonargparse.
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*(By default only one Jsonargparse|.* was deprecated in v4)")
@@ -204,7 +204,7 @@ time.sleep(600)
         os.kill(int(process), 0)
     assert "not yet run" in (tmp_path / "output/comparison.md").read_text()
     assert not (tmp_path / "output/one/seed0/result.json").exists()
-    with locked_folder(tmp_path / "output"):
+    with folder_lock(tmp_path / "output"):
         pass
 
 
@@ -337,7 +337,7 @@ def test_an_output_that_cannot_be_written_or_is_in_use_is_refused(recipe, tmp_pa
     with pytest.raises(OSError, match=r"^output must be a folder that can be written to, got .*file"):
         compare([one], seeds=[0], output=tmp_path / "file")
     with (
-        locked_folder(tmp_path),
+        folder_lock(tmp_path),
         pytest.raises(ValueError, match="that no other `lineara compare` is writing to, got "),
     ):
         compare([one], seeds=[0], output=tmp_path)
@@ -360,16 +360,16 @@ def test_a_recipe_is_a_path_or_a_name_in_recipes(tmp_path, monkeypatch):
     path.touch()
     path.with_stem("listops_linear").touch()
     assert find_recipe("listops_softmax") == find_recipe(str(path)) == path
-    with pytest.raises(FileNotFoundError, match=rr"got 'listops_sofmax'; did you mean listops_softmax\?$"):
+    with pytest.raises(FileNotFoundError, match=r"got 'listops_sofmax'; did you mean listops_softmax\?$"):
         find_recipe("listops_sofmax")
 
 
-def test_a_complaint_is_one_sentence(tmp_path):
+def test_a_reason_is_one_sentence(tmp_path):
     log = tmp_path / "output.txt"
     log.write_text("Restored\n\nlineara: error: dim must be even, got 3\n\n")
-    assert _complaint(log, 2) == "dim must be even, got 3"
+    assert _reason(log, 2) == "dim must be even, got 3"
     log.write_text("Traceback\n  File\nRuntimeError: out of memory\n")
-    assert _complaint(log, 1) == "RuntimeError: out of memory"
+    assert _reason(log, 1) == "RuntimeError: out of memory"
     log.write_text("")
-    assert _complaint(log, 1) == "it wrote nothing"
-    assert _complaint(log, -15) == "its process was ended by signal 15"
+    assert _reason(log, 1) == "it wrote nothing"
+    assert _reason(log, -15) == "its process was ended by signal 15"

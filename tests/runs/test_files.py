@@ -11,7 +11,7 @@ import sys
 import pytest
 from matplotlib.figure import Figure
 
-from lineara.runs.files import alone_in, save_figure, write_text, written_whole
+from lineara.runs.files import atomic_write, preparation_lock, save_figure, write_text
 
 
 def names(folder):
@@ -19,14 +19,14 @@ def names(folder):
 
 
 def fail_half_way(path, error):
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("half of the text")
         raise error
 
 
 def test_a_file_appears_when_the_block_ends_and_not_before(tmp_path):
     path = tmp_path / "new" / "folder" / "notes.txt"
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         assert temporary.parent == path.parent
         assert temporary.suffix == ".txt"  # what writes by the file's name picks the right format
         temporary.write_text("first half, ")
@@ -40,7 +40,7 @@ def test_a_file_appears_when_the_block_ends_and_not_before(tmp_path):
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("old")
-    with written_whole(str(path)) as temporary:
+    with atomic_write(str(path)) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -75,7 +75,7 @@ def test_it_can_be_read_by_everybody_and_written_by_its_owner(tmp_path, mask):
 
 def test_two_writers_do_not_write_into_one_another(tmp_path):
     path = tmp_path / "notes.txt"
-    with written_whole(path) as first, written_whole(path) as second:
+    with atomic_write(path) as first, atomic_write(path) as second:
         assert first != second
         first.write_text("first")
         second.write_text("second")
@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_is_named(tmp_path):
     (tmp_path / "file").write_text("no folder")
     path = tmp_path / "file" / "notes.txt"
     with pytest.raises(
-        OSError, match=f"^{re.escape(str(path))} must be writable, got .*; make room or choose another folder$"
+        OSError, match=f"^{re.escape(str(path))} must be writable, got .*; free some space or choose another folder$"
     ):
         write_text(path, "text")
     assert (tmp_path / "file").read_text() == "no folder"
@@ -118,7 +118,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("old")
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(OSError, match=f"^{re.escape(str(path))} must be writable, got No space left on device; make"):
+    with pytest.raises(OSError, match=f"^{re.escape(str(path))} must be writable, got No space left on device; free"):
         fail_half_way(path, full)
     assert path.read_text() == "old"
     assert names(tmp_path) == ["notes.txt"]
@@ -138,8 +138,8 @@ def test_a_picture_is_written_in_the_form_that_its_name_says(tmp_path):
 
 def test_a_folder_is_one_processes_at_a_time(tmp_path):
     code = (
-        "import sys\nfrom pathlib import Path\nfrom lineara.runs.files import alone_in\n"
-        "with alone_in(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.readline()\n"
+        "import sys\nfrom pathlib import Path\nfrom lineara.runs.files import preparation_lock\n"
+        "with preparation_lock(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.readline()\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "set")]
     first, second = (
@@ -161,6 +161,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(OSError, match=r"file/set must be a folder that can be written, got .*; set another data_root$"),
-        alone_in(tmp_path / "file" / "set"),
+        preparation_lock(tmp_path / "file" / "set"),
     ):
         pass

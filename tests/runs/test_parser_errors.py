@@ -3,7 +3,7 @@
 from lineara.runs.parser_errors import one_sentence
 
 
-def test_the_innermost_complaint_is_kept_with_its_place():
+def test_the_innermost_reason_is_kept_with_its_place():
     message = """\
 Parser key "model":
   Does not validate against any of the Union subtypes

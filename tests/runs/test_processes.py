@@ -12,7 +12,7 @@ import pytest
 import torch
 
 
-def complaints(done):
+def reasons(done):
     return [line for line in done.stderr.splitlines() if line.startswith(("lineara: error", "lineara: stopped"))]
 
 
@@ -40,7 +40,7 @@ def test_two_processes_stop_for_a_signal_to_one_and_go_on_as_if_there_had_been_n
         "lineara: error: warmup_steps must lie between 1 and the run's 23 steps, got 99; set "
         "--model.init_args.warmup_steps or --trainer.max_steps"
     )
-    assert complaints(done) == [stopped[0], refused, refused, stopped[1]]  # which both processes found
+    assert reasons(done) == [stopped[0], refused, refused, stopped[1]]  # which both processes found
     assert "weights_only" not in done.stderr
     whole, cut = (torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("whole", "cut"))
     assert whole["global_step"] == cut["global_step"]
@@ -109,6 +109,6 @@ def test_a_killed_loader_process_ends_the_run_and_is_named(tmp_path):
         [sys.executable, "script.py", *words], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 2, done.stderr
-    [complaint] = complaints(done)
-    assert "the processes that load data must live until the run ends, got: DataLoader worker (pid" in complaint
-    assert "is killed by signal: Killed" in complaint
+    [reason] = reasons(done)
+    assert "the processes that load data must live until the run ends, got: DataLoader worker (pid" in reason
+    assert "is killed by signal: Killed" in reason

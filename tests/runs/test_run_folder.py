@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lineara.runs.run_folder import checkpoint_bytes, locked_folder, own_folder
+from lineara.runs.run_folder import checkpoint_bytes, folder_lock, run_lock
 from lineara.runs.training import TrainingCommand
 from lineara.tasks.long_range_arena import SequenceClassification
 
@@ -55,8 +55,8 @@ def test_a_full_disk_is_found_before_training(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with (
-            pytest.raises(OSError, match=r"^run_dir must be a folder that can be written, got .*; make room"),
-            own_folder(tmp_path),
+            pytest.raises(OSError, match=r"^run_dir must be a folder that can be written, got .*; free some space"),
+            run_lock(tmp_path),
         ):
             pass
     finally:
@@ -67,7 +67,7 @@ def test_a_full_disk_is_found_before_training(tmp_path):
 def test_checkpoints_that_the_disk_has_no_room_for_are_refused_before_training(tiny_recipe, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000))
-    sentence = r"^run_dir must have room for 3 checkpoints of [\d.]+ kB, got 20 kB free in .*; make room, or name"
+    sentence = r"^run_dir must have room for 3 checkpoints of [\d.]+ kB, got 20 kB free in .*; free some space, or name"
     with pytest.raises(OSError, match=sentence):
         fit(tiny_recipe, tmp_path)
 
@@ -114,9 +114,9 @@ def test_the_estimate_is_what_tensors_take(optimizer, options, kept):
 KILLED_BEFORE_ITS_CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from lineara.runs.run_folder import locked_folder
+from lineara.runs.run_folder import folder_lock
 
-with locked_folder(Path(sys.argv[1])):
+with folder_lock(Path(sys.argv[1])):
     child = os.fork()
     if child == 0:
         os.close(1)
@@ -131,7 +131,7 @@ def test_processes_that_load_data_do_not_hold_the_folder(tmp_path):
     words = [sys.executable, "-c", KILLED_BEFORE_ITS_CHILD, str(tmp_path)]
     child = int(subprocess.run(words, stdout=subprocess.PIPE, check=False, timeout=60).stdout)
     try:
-        with locked_folder(tmp_path):
+        with folder_lock(tmp_path):
             os.kill(child, 0)  # it lives
     finally:
         os.kill(child, signal.SIGKILL)

@@ -23,8 +23,8 @@ from torch.nn.functional import cross_entropy
 
 from lineara.cli import _users_mistake
 from lineara.nn import SoftmaxAttention
-from lineara.runs.checkpoints import WholeCheckpoints, check_usable
-from lineara.runs.run_folder import locked_folder
+from lineara.runs.checkpoints import AtomicCheckpointIO, check_usable
+from lineara.runs.run_folder import folder_lock
 from lineara.runs.training import TrainingCommand, begin_run, load_run
 from lineara.tasks.long_range_arena import SequenceClassification
 
@@ -697,8 +697,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"best\.ckpt must be writable, got .*; make room"):
-            WholeCheckpoints().save_checkpoint({"weights": torch.zeros(100_000)}, path)
+        with pytest.raises(OSError, match=r"best\.ckpt must be writable, got .*; free some space"):
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(100_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == b"the old one"
@@ -707,10 +707,10 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
 
 def test_a_folder_that_a_run_is_writing_to_is_refused(tmp_path):
     with (
-        locked_folder(tmp_path),
+        folder_lock(tmp_path),
         pytest.raises(ValueError, match="that no other `lineara fit` is writing to"),
-        locked_folder(tmp_path),
+        folder_lock(tmp_path),
     ):
         pass
-    with locked_folder(tmp_path):
+    with folder_lock(tmp_path):
         pass

@@ -1,4 +1,4 @@
-"""Time and weigh one call: seconds in this process, memory in a fresh one."""
+"""The time and memory of one call: seconds in this process, memory in a fresh one."""
 
 import gc
 import os
@@ -76,7 +76,7 @@ def peak_memory(make_call: Callable[[], Callable[[], object]], *, device: torch.
     the warm-up has given back. On a CUDA device it is the growth of torch.cuda.max_memory_allocated, in this process.
 
     Args:
-        make_call: called without arguments; returns the call to be weighed. For the CPU it must be picklable: a
+        make_call: called without arguments; returns the call. For the CPU it must be picklable: a
             function at the top level of an importable module, or a functools.partial of one.
         device: where the work runs.
 

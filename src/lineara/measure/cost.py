@@ -139,7 +139,7 @@ def measure_costs(
 
 
 def measure_case(case: Case, *, max_seconds: float = 2.0) -> Cost:
-    """Time one case in this process (see `median_seconds`) and weigh it in a fresh one (see `peak_memory`).
+    """Time one case in this process (see `median_seconds`) and measure its memory in a fresh one (see `peak_memory`).
 
     Raises:
         RuntimeError: if the process that measures memory fails.

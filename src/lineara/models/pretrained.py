@@ -117,7 +117,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         }
         if any(isinstance(name, str) and name.startswith(_PSMNET) for name in given):
             content = given
-    why = _complaint(content)
+    why = _reason(content)
     if why is not None:
         raise ValueError(
             f"{path} must hold a dict of weights by their names, got {why}; name a state dict, or a checkpoint of "
@@ -141,7 +141,7 @@ def _load_safetensors() -> Callable[[Path], Any]:
     return load_file
 
 
-def _complaint(content: object) -> str | None:
+def _reason(content: object) -> str | None:
     """What keeps this from being weights, or None."""
     if not isinstance(content, dict):
         return f"an object of type {type(content).__name__}"

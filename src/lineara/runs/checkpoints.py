@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from lineara.runs.files import write_text, written_whole
+from lineara.runs.files import atomic_write, write_text
 
 RECIPE = "lineara_recipe"
 _RANDOM_STATE = "lineara_random_state"
@@ -18,13 +18,13 @@ _RANDOM_STATE = "lineara_random_state"
 _TO_GO_ON = (_RANDOM_STATE, "loops", "optimizer_states", "lr_schedulers", "callbacks", "epoch", "global_step")
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints written beside their place, then moved: a full disk or a kill leaves the old one whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(content.getbuffer())
 
     def load_checkpoint(
@@ -33,7 +33,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
-class KeepRun(Callback):
+class SaveRunState(Callback):
     """Keeps with the checkpoints what Lightning's own do not hold.
 
     That is the recipe, so that a checkpoint alone rebuilds its network, and the state of torch's random numbers in each
@@ -104,19 +104,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def check_usable(path: Path, task: nn.Module, *, to_go_on: bool) -> None:
     """Raise unless a checkpoint holds the weights of a task, and all else that a fit needs `to_go_on` from it."""
     content = read_checkpoint(path)
-    complaint = _misfit(content.get("state_dict"), task.state_dict())
-    if complaint is None and to_go_on:
-        complaint = _gap(content)
-    if complaint is None and "loops" in content and not _tells_of_loops(content["loops"]):
-        complaint = "one whose loops are not those of a run"
-    if complaint is not None:
+    reason = _mismatch(content.get("state_dict"), task.state_dict())
+    if reason is None and to_go_on:
+        reason = _missing_state(content)
+    if reason is None and "loops" in content and not _tells_of_loops(content["loops"]):
+        reason = "one whose loops are not those of a run"
+    if reason is not None:
         raise ValueError(
-            f"{path} must be a checkpoint that this run can {'go on from' if to_go_on else 'use'}, got {complaint}; "
+            f"{path} must be a checkpoint that this run can {'go on from' if to_go_on else 'use'}, got {reason}; "
             "name another one by --ckpt_path, or begin a new run"
         )
 
 
-def _misfit(theirs: Any, ours: dict[str, Any]) -> str | None:
+def _mismatch(theirs: Any, ours: dict[str, Any]) -> str | None:
     if not isinstance(theirs, dict):
         return "one without weights"
     missing, foreign = (next((name for name in a if name not in b), None) for a, b in ((ours, theirs), (theirs, ours)))
@@ -131,7 +131,7 @@ def _misfit(theirs: Any, ours: dict[str, Any]) -> str | None:
     return None
 
 
-def _gap(content: dict[str, Any]) -> str | None:
+def _missing_state(content: dict[str, Any]) -> str | None:
     missing = next((key for key in _TO_GO_ON if key not in content), None)
     if missing is not None:
         return f"one without {missing}"

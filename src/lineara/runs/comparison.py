@@ -23,7 +23,7 @@ from lineara.runs.comparison_report import Row, write_report
 from lineara.runs.files import write_text
 from lineara.runs.parser_errors import did_you_mean
 from lineara.runs.run_cost import collect
-from lineara.runs.run_folder import locked_folder
+from lineara.runs.run_folder import folder_lock
 from lineara.runs.training import TrainingCommand, flat_settings
 
 _RECIPES = Path("recipes")
@@ -194,7 +194,7 @@ def _first_difference(one: _Settings, two: _Settings, ignore: str | None = None)
 def _locked_output(output: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked_folder(output))
+            stack.enter_context(folder_lock(output))
         except ValueError as error:
             raise ValueError(
                 f"output must be a folder that no other `lineara compare` is writing to, got {output}; wait for it, or "
@@ -225,20 +225,20 @@ def _finished(output: Path, row: Row) -> dict[int, dict[str, Any]]:
 def _complete(
     row: Row, path: Path, seed: int, output: Path, overrides: Sequence[str], report: Callable[[str], object]
 ) -> None:
-    """Run one seed of a row, and put its result or its complaint into the row."""
+    """Run one seed of a row, and put its result or its reason into the row."""
     run_dir = _run_dir(output, row.recipe, seed)
     report(f"{row.recipe}, seed {seed}: runs; what it writes: {run_dir / 'output.txt'}")
-    complaint = _run(path, seed, run_dir, row, overrides)
-    if complaint is None:
+    reason = _run(path, seed, run_dir, row, overrides)
+    if reason is None:
         row.results.update(_finished(output, row))
         report(f"{row.recipe}, seed {seed}: {row.describe(seed)}")
     else:
-        row.failures[seed] = complaint
-        report(f"{row.recipe}, seed {seed}: failed: {complaint}")
+        row.failures[seed] = reason
+        report(f"{row.recipe}, seed {seed}: failed: {reason}")
 
 
 def _run(recipe: Path, seed: int, run_dir: Path, row: Row, overrides: Sequence[str]) -> str | None:
-    """Train and test in a process of its own and keep the result; returns the complaint of a run that fails."""
+    """Train and test in a process of its own and keep the result; returns the reason of a run that fails."""
     write_text(run_dir / "settings.json", json.dumps(row.settings, indent=1) + "\n")
     words = [
         *_words(recipe, overrides),
@@ -264,7 +264,7 @@ def _run(recipe: Path, seed: int, run_dir: Path, row: Row, overrides: Sequence[s
             assert process.stdin is not None
             process.stdin.close()
     if status != 0:
-        return _complaint(log, status)
+        return _reason(log, status)
     result = {"recipe": row.recipe, "seed": seed, **collect(run_dir), "settings": dict(row.settings)}
     if row.score_name not in result["metrics"]:
         return (
@@ -275,7 +275,7 @@ def _run(recipe: Path, seed: int, run_dir: Path, row: Row, overrides: Sequence[s
     return None
 
 
-def _complaint(log: Path, status: int) -> str:
+def _reason(log: Path, status: int) -> str:
     """Why a run failed, in one sentence: its own, or the last line that it wrote."""
     if status < 0:
         return f"its process was ended by signal {-status}"

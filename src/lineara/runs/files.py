@@ -11,7 +11,7 @@ from filelock import FileLock
 
 
 @contextmanager
-def written_whole(path: Path | str) -> Iterator[Path]:
+def atomic_write(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends without an exception."""
     path = Path(path)
     if path.is_dir():
@@ -21,7 +21,7 @@ def written_whole(path: Path | str) -> Iterator[Path]:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     except OSError as error:
         raise type(error)(
-            f"{path} must be writable, got {error.strerror or error}; make room or choose another folder"
+            f"{path} must be writable, got {error.strerror or error}; free some space or choose another folder"
         ) from error
     os.close(descriptor)
     temporary = Path(name)
@@ -33,14 +33,14 @@ def written_whole(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise type(error)(
-            f"{path} must be writable, got {error.strerror or error}; make room or choose another folder"
+            f"{path} must be writable, got {error.strerror or error}; free some space or choose another folder"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -48,12 +48,12 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a matplotlib figure as PNG, PDF or SVG, by the end of the path."""
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"a picture must be a .png, .pdf or .svg file, got {path}; name another one")
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary)
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def preparation_lock(folder: Path) -> Iterator[None]:
     """Wait until no other process prepares the folder; the lock ends with the process, however that ends."""
     lock = FileLock(folder / ".lock")
     try:

@@ -19,21 +19,21 @@ _KEPT["AdamW"] = _KEPT["Adam"]
 
 
 @contextmanager
-def own_folder(run_dir: Path) -> Iterator[None]:
-    """As `locked_folder`, with one sentence for a folder that cannot be written."""
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """As `folder_lock`, with one sentence for a folder that cannot be written."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked_folder(run_dir))
+            stack.enter_context(folder_lock(run_dir))
         except OSError as error:
             raise type(error)(
-                f"run_dir must be a folder that can be written, got {run_dir} ({error.strerror or error}); make room, "
-                "or name another folder by --run_dir"
+                f"run_dir must be a folder that can be written, got {run_dir} ({error.strerror or error}); free some "
+                "space, or name another folder by --run_dir"
             ) from error
         yield
 
 
 @contextmanager
-def locked_folder(run_dir: Path) -> Iterator[None]:
+def folder_lock(run_dir: Path) -> Iterator[None]:
     """Lock the run's folder for this process; the lock ends with the process, however that ends."""
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock")
@@ -54,7 +54,7 @@ def locked_folder(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-class RoomForCheckpoints(Callback):
+class CheckDiskSpace(Callback):
     """Refuses a fit whose checkpoints the disk has clearly no room for, before it begins."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,7 +72,7 @@ class RoomForCheckpoints(Callback):
         if free + there < number * each:
             raise OSError(
                 f"run_dir must have room for {number} checkpoints of {_size(each)}, got {_size(free)} free in {folder}"
-                "; make room, or name another folder by --run_dir"
+                "; free some space, or name another folder by --run_dir"
             )
 
 

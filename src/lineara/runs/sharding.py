@@ -1,8 +1,8 @@
-"""Weights spread over the processes of a run: each holds its part, and gathers a block's when the block is run.
+"""Weights sharded over the processes of a run: each holds its part, and gathers a block's when the block is run.
 
-Every task is a `ShardedTask`, so this is the one place that knows how a network is spread. The mesh has two dimensions,
-named as Lightning names them: "data_parallel", over which batches are shared, and "tensor_parallel", whose processes
-are given the same batch, and may share its positions. Weights are spread over both, and gradients are the mean over
+Every task is a `ShardedTask`, so this is the one place that knows how a network is sharded. The mesh has two
+dimensions, named as Lightning names them: "data_parallel", over which batches are shared, and "tensor_parallel", whose processes
+are given the same batch, and may share its positions. Weights are sharded over both, and gradients are the mean over
 both, so that they are those of one process: each of the second dimension has the loss of the whole batch.
 """
 
@@ -25,14 +25,14 @@ class ShardedStrategy(ModelParallelStrategy):
         same_batch_size: how many processes are given the same batch each, the mesh's second dimension.
             A task with `sequence_parallel` sets it.
         process_group_backend: of torch.distributed; None takes gloo on CPUs and nccl on GPUs.
-        weights: "spread", or "replicated": every process holds them all, as under DDP.
+        weights: "sharded" ("spread" in recipes of before), or "replicated": every process holds them all, as under DDP.
     """
 
     def __init__(
         self,
         same_batch_size: int = 1,
         process_group_backend: str | None = None,
-        weights: Literal["spread", "replicated"] = "spread",
+        weights: Literal["sharded", "replicated", "spread"] = "sharded",
     ) -> None:
         super().__init__(
             tensor_parallel_size=same_batch_size,
@@ -40,7 +40,7 @@ class ShardedStrategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
         )
         self.same_batch_size = same_batch_size
-        self.weights = weights
+        self.weights = "sharded" if weights == "spread" else weights
 
     def setup_environment(self) -> None:
         processes = self.num_nodes * self.num_processes
@@ -64,30 +64,30 @@ class ShardedStrategy(ModelParallelStrategy):
     # Processes may be given different numbers of batches to evaluate: they must not wait for each other in a layer.
 
     def on_validation_start(self) -> None:
-        self._hold_whole(True)
+        self._set_unsharded(True)
 
     def on_validation_end(self) -> None:
-        self._hold_whole(False)
+        self._set_unsharded(False)
 
     def on_test_start(self) -> None:
-        self._hold_whole(True)
+        self._set_unsharded(True)
 
     def on_test_end(self) -> None:
-        self._hold_whole(False)
+        self._set_unsharded(False)
 
-    def _hold_whole(self, whole: bool) -> None:
+    def _set_unsharded(self, whole: bool) -> None:
         assert self.model is not None
         if whole:  # as DDP does: what a batch normalisation has seen is the first process's
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
-        hold_whole(self.model, whole)
+        set_unsharded(self.model, whole)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = True) -> dict[str, Any]:
         return super().load_checkpoint(checkpoint_path, weights_only=True)
 
 
 class ShardedTask(LightningModule):
-    """A task whose `network` may be spread over processes; with any other strategy it is as it was.
+    """A task whose `network` may be sharded over processes; with any other strategy it is as it was.
 
     Where a task sets `sequence_parallel`, so many processes share the positions of a batch, and its network has
     `shard_positions(group)`, after which each is called with the same whole batch and returns the same.
@@ -97,7 +97,7 @@ class ShardedTask(LightningModule):
     sequence_parallel: int = 1
 
     def configure_model(self) -> None:
-        """Spread the network, once the processes know of each other."""
+        """Shard the network, once the processes know of each other."""
         mesh = self.device_mesh
         if mesh is None and self.sequence_parallel > 1:
             raise ValueError(
@@ -110,7 +110,7 @@ class ShardedTask(LightningModule):
             self._share_positions(mesh["tensor_parallel"])
         if getattr(self.trainer.strategy, "_layer_sync", None) is not None:
             self.network = nn.SyncBatchNorm.convert_sync_batchnorm(self.network)
-        shard_network(self.network, mesh, getattr(self.trainer.strategy, "weights", "spread"))
+        shard_network(self.network, mesh, getattr(self.trainer.strategy, "weights", "sharded"))
 
     def _share_positions(self, group: DeviceMesh) -> None:
         self.network.shard_positions(group)  # type: ignore[operator]
@@ -118,8 +118,8 @@ class ShardedTask(LightningModule):
         torch.manual_seed(torch.initial_seed() + group.get_local_rank())
 
 
-def shard_network(network: nn.Module, mesh: DeviceMesh, how: str = "spread") -> None:
-    """Spread every block of a network over all processes of the run, and what is in no block with the whole.
+def shard_network(network: nn.Module, mesh: DeviceMesh, how: str = "sharded") -> None:
+    """Shard every block of a network over all processes of the run, and what is in no block with the whole.
 
     A block is a member of a list or sequence of layers that has layers itself: an encoder block, a residual block.
 
@@ -128,8 +128,8 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, how: str = "spread") -> 
         mesh: of all processes.
         how: "replicated" leaves all weights with every process; gradients are the mean over processes either way.
     """
-    shape = (mesh.size(),) if how == "spread" else (mesh.size(), 1)  # copies, and over how many each is spread
-    names = ("weights",) if how == "spread" else ("copies", "weights")
+    shape = (mesh.size(),) if how == "sharded" else (mesh.size(), 1)  # copies, and over how many each is sharded
+    names = ("weights",) if how == "sharded" else ("copies", "weights")
     weights = init_device_mesh(mesh.device_type, shape, mesh_dim_names=names)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # which no task writes into
     for block in _blocks(network):
@@ -137,7 +137,7 @@ def shard_network(network: nn.Module, mesh: DeviceMesh, how: str = "spread") -> 
     fully_shard(network, mesh=weights)
 
 
-def hold_whole(network: nn.Module, whole: bool) -> None:
+def set_unsharded(network: nn.Module, whole: bool) -> None:
     """Let every process hold all weights, until it is called again: nothing is gathered meanwhile."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
@@ -162,7 +162,7 @@ def shares(trainer: Trainer | None) -> tuple[int, int]:
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """Inner ones first, as they must be spread."""
+    """Inner ones first, as they must be sharded."""
     containers = (nn.ModuleList, nn.ModuleDict)
     members = [
         member

@@ -25,15 +25,15 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lineara.runs.checkpoints import (
     RECIPE,
-    KeepRun,
-    WholeCheckpoints,
+    AtomicCheckpointIO,
+    SaveRunState,
     check_usable,
     choose_checkpoint,
     read_checkpoint,
 )
 from lineara.runs.nonfinite import CheckFinite
 from lineara.runs.parser_errors import one_sentence
-from lineara.runs.run_folder import RoomForCheckpoints, own_folder
+from lineara.runs.run_folder import CheckDiskSpace, run_lock
 from lineara.runs.sharding import ShardedStrategy
 from lineara.runs.stopping import StopOnSignal, Stopped
 
@@ -120,7 +120,7 @@ class TrainingCommand(LightningCLI):
                 CSVLogger(run_dir, name="metrics"),
                 TensorBoardLogger(run_dir, name="tensorboard"),
             ]
-        kwargs["plugins"] = [*(self._get(self.config_init, "trainer").plugins or []), WholeCheckpoints()]
+        kwargs["plugins"] = [*(self._get(self.config_init, "trainer").plugins or []), AtomicCheckpointIO()]
         if self._get(self.config_init, "trainer").strategy == "fsdp":
             kwargs.setdefault("strategy", ShardedStrategy())  # Lightning's own wants GPUs
         if self.subcommand is not None:
@@ -142,7 +142,7 @@ class TrainingCommand(LightningCLI):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined] - `self.trainer` is not yet there
             # A second file, because with `save_last` Lightning writes it only when it writes a new best one.
             last = ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=False)
-            callbacks += [KeepRun(self._recipe(self.subcommand)), last, RoomForCheckpoints()]
+            callbacks += [SaveRunState(self._recipe(self.subcommand)), last, CheckDiskSpace()]
         callbacks += [CheckFinite(folder), StopOnSignal(folder)]
         return trainer
 
@@ -157,7 +157,7 @@ class TrainingCommand(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """What the subcommand `fit` runs: the trainer's fit, in a folder that is this run's alone."""
-        with own_folder(Path(self._get(self.config, "run_dir"))) if self.trainer.is_global_zero else nullcontext():
+        with run_lock(Path(self._get(self.config, "run_dir"))) if self.trainer.is_global_zero else nullcontext():
             try:
                 self._together("fit", arguments)
             except Stopped:

@@ -5,11 +5,11 @@ import pytest
 from pycocotools import mask as oracle
 
 from lineara.tasks.instance_segmentation.coco_entries import (
-    annotation_complaint,
-    category_complaint,
+    annotation_reason,
+    category_reason,
     decode,
     encode,
-    image_complaint,
+    image_reason,
     mask_area,
 )
 
@@ -44,9 +44,9 @@ def test_a_mask_survives_encoding_and_its_text_is_accepted(mask):
     assert np.array_equal(decode(segmentation, height, width), mask)
     assert mask_area(segmentation, height, width) == mask.sum()
     images = {7: {"height": height, "width": width}}
-    complaint = annotation_complaint(annotation(segmentation=segmentation), images, CATEGORIES)
-    assert (complaint is None) == mask.any()
-    assert mask.any() or complaint.startswith("its run lengths must have a pixel of the object, got none in ")
+    reason = annotation_reason(annotation(segmentation=segmentation), images, CATEGORIES)
+    assert (reason is None) == mask.any()
+    assert mask.any() or reason.startswith("its run lengths must have a pixel of the object, got none in ")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_mask_survives_encoding_and_its_text_is_accepted(mask):
 def test_polygons_and_lists_of_run_lengths_are_masks_as_by_pycocotools(segmentation):
     expected = oracle.frPyObjects(segmentation, 13, 17)
     expected = oracle.decode(oracle.merge(expected) if isinstance(expected, list) else expected)
-    assert annotation_complaint(annotation(segmentation=segmentation), IMAGES, CATEGORIES) is None
+    assert annotation_reason(annotation(segmentation=segmentation), IMAGES, CATEGORIES) is None
     assert np.array_equal(decode(segmentation, 13, 17), expected)
     assert mask_area(segmentation, 13, 17) == expected.sum() > 0
 
@@ -89,7 +89,7 @@ SUM = "its run lengths must be at least 0 and sum to 13 x 17 = 221, got"
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "complaint"),
+    ("key", "value", "reason"),
     [
         ("segmentation", ..., f"{KEYS} no segmentation"),
         ("bbox", ..., f"{KEYS} no bbox"),
@@ -160,16 +160,16 @@ SUM = "its run lengths must be at least 0 and sum to 13 x 17 = 221, got"
         ("segmentation", runs("m"), f"{RUNS} 'm'"),
     ],
 )
-def test_a_broken_annotation_is_complained_about(key, value, complaint):
-    assert annotation_complaint(annotation(), IMAGES, CATEGORIES) is None
-    assert annotation_complaint(annotation(**{key: value}), IMAGES, CATEGORIES) == complaint
+def test_a_broken_annotation_is_complained_about(key, value, reason):
+    assert annotation_reason(annotation(), IMAGES, CATEGORIES) is None
+    assert annotation_reason(annotation(**{key: value}), IMAGES, CATEGORIES) == reason
 
 
 @pytest.mark.parametrize("cut", range(1, 9))
 def test_text_of_run_lengths_that_lost_its_end_is_complained_about(cut):
     mask = (np.random.default_rng(0).random((13, 17)) < 0.1).astype(np.uint8)
     segmentation = runs(encode(mask)["counts"][:-cut])
-    assert "run lengths" in annotation_complaint(annotation(segmentation=segmentation), IMAGES, CATEGORIES)
+    assert "run lengths" in annotation_reason(annotation(segmentation=segmentation), IMAGES, CATEGORIES)
 
 
 @pytest.mark.parametrize(
@@ -185,22 +185,22 @@ def test_text_of_run_lengths_that_lost_its_end_is_complained_about(cut):
     ids=str,
 )
 def test_what_is_just_possible_is_accepted(changes):
-    assert annotation_complaint(annotation(**changes), IMAGES, CATEGORIES) is None
+    assert annotation_reason(annotation(**changes), IMAGES, CATEGORIES) is None
 
 
 def test_an_entry_that_is_no_object_is_complained_about():
-    assert annotation_complaint([1], IMAGES, CATEGORIES).endswith("segmentation, got [1]")
-    assert image_complaint("x") == "it must be an object with id, file_name, height, width, got 'x'"
+    assert annotation_reason([1], IMAGES, CATEGORIES).endswith("segmentation, got [1]")
+    assert image_reason("x") == "it must be an object with id, file_name, height, width, got 'x'"
 
 
 def test_what_is_long_is_quoted_in_part():
-    complaint = annotation_complaint(annotation(segmentation=[[1.5] * 1001]), IMAGES, CATEGORIES)
-    assert complaint.endswith("1.5, 1...")
-    assert len(complaint) < 200
+    reason = annotation_reason(annotation(segmentation=[[1.5] * 1001]), IMAGES, CATEGORIES)
+    assert reason.endswith("1.5, 1...")
+    assert len(reason) < 200
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("changes", "reason"),
     [
         ({"file_name": ...}, "it must have id, file_name, height, width, got no file_name"),
         ({"file_name": ""}, "file_name must be a name, got ''"),
@@ -211,21 +211,19 @@ def test_what_is_long_is_quoted_in_part():
         ({"id": 2**63}, f"{ID} {2**63}"),
     ],
 )
-def test_a_broken_image_is_complained_about(changes, complaint):
-    assert image_complaint(IMAGES[7]) is None
-    assert (
-        image_complaint({key: value for key, value in (IMAGES[7] | changes).items() if value is not ...}) == complaint
-    )
+def test_a_broken_image_is_complained_about(changes, reason):
+    assert image_reason(IMAGES[7]) is None
+    assert image_reason({key: value for key, value in (IMAGES[7] | changes).items() if value is not ...}) == reason
 
 
 @pytest.mark.parametrize(
-    ("category", "complaint"),
+    ("category", "reason"),
     [
         ({"id": 5, "name": None}, "name must be text, got None"),
         ({"id": 5}, "it must have id, name, got no name"),
     ],
 )
-def test_a_broken_category_is_complained_about(category, complaint):
-    assert category_complaint({"id": 90, "name": "a"}) is None
-    assert category_complaint({"id": 500, "name": "a"}) is None
-    assert category_complaint(category) == complaint
+def test_a_broken_category_is_complained_about(category, reason):
+    assert category_reason({"id": 90, "name": "a"}) is None
+    assert category_reason({"id": 500, "name": "a"}) is None
+    assert category_reason(category) == reason

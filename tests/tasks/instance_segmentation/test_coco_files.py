@@ -69,7 +69,7 @@ def test_the_garbage_collector_is_left_as_it_was(tiny_set, write):
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "reason"),
     [
         ('{"images": [', r"must be whole JSON, got a damaged file \(Expecting value: .*\); get it again$"),
         ("", r"must be whole JSON, got a damaged file \(.*\); get it again$"),
@@ -80,9 +80,9 @@ def test_the_garbage_collector_is_left_as_it_was(tiny_set, write):
     ],
 )
 @pytest.mark.parametrize("skip_broken", [False, True])
-def test_a_damaged_file_is_refused(tiny_set, write, content, complaint, skip_broken):
+def test_a_damaged_file_is_refused(tiny_set, write, content, reason, skip_broken):
     path = write(tiny_set, content)
-    with pytest.raises(ValueError, match=complaint) as caught:
+    with pytest.raises(ValueError, match=reason) as caught:
         read(tiny_set, skip_broken=skip_broken)
     assert str(caught.value).startswith(f"{path} must")
 
@@ -147,18 +147,18 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "complaint", "left"), FAULTS, ids=lambda part: getattr(part, "__name__", ""))
+@pytest.mark.parametrize(("fault", "reason", "left"), FAULTS, ids=lambda part: getattr(part, "__name__", ""))
 class TestBrokenEntry:
-    def test_is_refused(self, tiny_set, annotations, write, fault, complaint, left):
+    def test_is_refused(self, tiny_set, annotations, write, fault, reason, left):
         fault(annotations)
         path = write(tiny_set, annotations)
-        with pytest.raises(ValueError, match=f"^{path}, {complaint}.*; mend the file or set skip_broken$"):
+        with pytest.raises(ValueError, match=f"^{path}, {reason}.*; mend the file or set skip_broken$"):
             read(tiny_set)
 
-    def test_is_left_out_and_reported_if_asked_for(self, tiny_set, annotations, write, fault, complaint, left):
+    def test_is_left_out_and_reported_if_asked_for(self, tiny_set, annotations, write, fault, reason, left):
         fault(annotations)
         path = write(tiny_set, annotations)
-        with pytest.warns(RuntimeWarning, match=f"^left out: {path}, {complaint}") as reported:
+        with pytest.warns(RuntimeWarning, match=f"^left out: {path}, {reason}") as reported:
             content = read(tiny_set, skip_broken=True)
         assert len(reported) == (2 if fault is repeat_image else 1)
         assert ids(content) == WHOLE | left
@@ -166,10 +166,10 @@ class TestBrokenEntry:
 
 def test_a_missing_image_is_refused_or_left_out_with_its_annotations(tiny_set):
     (tiny_set / "val2017" / "a.jpg").unlink()
-    complaint = r"instances_val2017\.json, image 7: .*val2017/a\.jpg must be an image file, got no such file"
-    with pytest.raises(FileNotFoundError, match=f"{complaint}; put it there or set skip_broken$"):
+    reason = r"instances_val2017\.json, image 7: .*val2017/a\.jpg must be an image file, got no such file"
+    with pytest.raises(FileNotFoundError, match=f"{reason}; put it there or set skip_broken$"):
         read(tiny_set)
-    with pytest.warns(RuntimeWarning, match=complaint):
+    with pytest.warns(RuntimeWarning, match=reason):
         assert ids(read(tiny_set, skip_broken=True)) == WHOLE | {"images": [3, 11, 5, 2], "annotations": [6, 8, 12]}
 
 

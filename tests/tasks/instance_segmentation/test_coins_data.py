@@ -119,7 +119,7 @@ def test_the_summary_writes_the_set_and_counts_its_coins(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "reason"),
     [
         ({"samples_per_epoch": 0}, "samples_per_epoch must be at least 1, got 0"),
         ({"crop_height": 0}, "crop_height and crop_width must be at least 1, got 0 and 160"),
@@ -128,8 +128,8 @@ def test_the_summary_writes_the_set_and_counts_its_coins(tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
-def test_numbers_out_of_range_are_refused(options, complaint):
-    with pytest.raises(ValueError, match=f"^{complaint}$"):
+def test_numbers_out_of_range_are_refused(options, reason):
+    with pytest.raises(ValueError, match=f"^{reason}$"):
         CoinsData(**options)
 
 

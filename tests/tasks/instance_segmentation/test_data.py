@@ -325,7 +325,7 @@ def test_broken_things_are_left_out_if_asked_for(tiny_set, annotations, write):
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "reason"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
@@ -337,8 +337,8 @@ def test_broken_things_are_left_out_if_asked_for(tiny_set, annotations, write):
         ),
     ],
 )
-def test_arguments_out_of_range_are_refused(options, complaint):
-    with pytest.raises(ValueError, match=f"^{complaint}"):
+def test_arguments_out_of_range_are_refused(options, reason):
+    with pytest.raises(ValueError, match=f"^{reason}"):
         CocoData(**options)
 
 

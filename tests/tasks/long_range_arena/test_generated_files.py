@@ -150,7 +150,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=rf"squares-12\.npz must be .*, got {os.strerror(errno.EFBIG)}; make room"):
+        with pytest.raises(
+            OSError, match=rf"squares-12\.npz must be .*, got {os.strerror(errno.EFBIG)}; free some space"
+        ):
             FILES.prepare(place(tmp_path), {}, lambda: draw(9000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -192,7 +194,7 @@ def locked_folder():
 
 
 def test_a_read_only_root_is_refused_before_the_work(locked_folder):
-    with pytest.raises(PermissionError, match=r"squares-12\.npz must be .*, got Permission denied; make room"):
+    with pytest.raises(PermissionError, match=r"squares-12\.npz must be .*, got Permission denied; free some space"):
         FILES.prepare(place(locked_folder), {}, fail)
 
 

@@ -171,7 +171,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=rf"seed0.*npz must be .*, got {os.strerror(errno.EFBIG)}; make room"):
+        with pytest.raises(OSError, match=rf"seed0.*npz must be .*, got {os.strerror(errno.EFBIG)}; free some space"):
             prepare_listops(tmp_path, **SETTINGS | {"num_train": 4000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -283,7 +283,7 @@ def test_a_finished_file_in_a_read_only_root_is_used(folder_and_lock, monkeypatc
 def test_a_file_in_place_of_the_root_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(listops_files, "generate", fail)
     (tmp_path / "data").touch()
-    with pytest.raises(OSError, match=r"data/listops/.* must be .*, got Not a directory; make room"):
+    with pytest.raises(OSError, match=r"data/listops/.* must be .*, got Not a directory; free some space"):
         prepare_listops(tmp_path / "data", **SETTINGS)
 
 

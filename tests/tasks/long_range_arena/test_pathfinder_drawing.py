@@ -111,8 +111,8 @@ def test_without_discs_and_distractors_each_target_is_one_chain_of_lit_pieces(mo
             canvas = np.zeros((board.width, board.width), np.float32)
             for y, x, kind in contour:
                 stamp = board.paddles[kind].stamp
-                pathfinder_drawing._lighten(canvas, y + board.room, x + board.room, stamp)
-            lit = {tuple(pixel) for pixel in (np.argwhere(canvas > 0.15) - board.room).tolist()}
+                pathfinder_drawing._lighten(canvas, y + board.border_width, x + board.border_width, stamp)
+            lit = {tuple(pixel) for pixel in (np.argwhere(canvas > 0.15) - board.border_width).tolist()}
             reached, edge = set(), {pixel for pixel in lit if distance(pixel, contour[0]) < 1.5}
             while edge:
                 reached |= edge

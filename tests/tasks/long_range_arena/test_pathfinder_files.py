@@ -105,7 +105,7 @@ def test_a_negative_size_is_refused_before_anything_is_written(tmp_path, name):
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(pathfinder_files, "generate", fail)
     (tmp_path / "data").touch()
-    with pytest.raises(OSError, match=r"data/pathfinder/.* must be .*, got Not a directory; make room"):
+    with pytest.raises(OSError, match=r"data/pathfinder/.* must be .*, got Not a directory; free some space"):
         prepare_pathfinder(tmp_path / "data", **SETTINGS)
 
 
@@ -113,7 +113,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=rf"seed0.*npz must be .*, got {os.strerror(errno.EFBIG)}; make room"):
+        with pytest.raises(OSError, match=rf"seed0.*npz must be .*, got {os.strerror(errno.EFBIG)}; free some space"):
             prepare_pathfinder(tmp_path, **SETTINGS | {"num_train": 200})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

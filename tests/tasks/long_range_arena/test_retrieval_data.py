@@ -88,7 +88,7 @@ def test_ends_of_lines_of_other_systems_and_none_at_the_end_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"),
+    ("line", "reason"),
     [
         ("1.0\tP\tQ\tone", "a line must be label, id, id, text and text with tabs between, got 4 fields"),
         ("1.0\tP\tQ\tone\ttwo\tthree", "a line must be .*, got 6 fields"),
@@ -98,10 +98,10 @@ def test_ends_of_lines_of_other_systems_and_none_at_the_end_are_read(tmp_path):
         ("1.0\tP\tQ\t\ttwo", "both texts must have at least one byte, got an empty one"),
     ],
 )
-def test_a_broken_line_is_named(folder, line, complaint):
+def test_a_broken_line_is_named(folder, line, reason):
     with (folder / "tsv_data/new_aan_pairs.eval.tsv").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(ValueError, match=rf"new_aan_pairs\.eval\.tsv, line 3: {complaint}$"):
+    with pytest.raises(ValueError, match=rf"new_aan_pairs\.eval\.tsv, line 3: {reason}$"):
         make(folder)
 
 

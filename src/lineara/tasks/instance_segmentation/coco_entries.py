@@ -37,9 +37,9 @@ def without_stray_parts(entry: Any) -> Any:
     return entry | {"segmentation": kept} if kept and len(kept) < len(polygons) else entry
 
 
-def image_complaint(entry: Any) -> str | None:
+def image_reason(entry: Any) -> str | None:
     """What is wrong with an image, or None."""
-    why = _complaint_about_keys(entry, _IMAGE_KEYS)
+    why = _reason_about_keys(entry, _IMAGE_KEYS)
     if why is not None:
         return why
     if not isinstance(entry["file_name"], str) or not entry["file_name"]:
@@ -50,9 +50,9 @@ def image_complaint(entry: Any) -> str | None:
     return None
 
 
-def category_complaint(entry: Any) -> str | None:
+def category_reason(entry: Any) -> str | None:
     """What is wrong with a category, or None."""
-    why = _complaint_about_keys(entry, ("id", "name"))
+    why = _reason_about_keys(entry, ("id", "name"))
     if why is not None:
         return why
     if not isinstance(entry["name"], str):
@@ -60,9 +60,9 @@ def category_complaint(entry: Any) -> str | None:
     return None
 
 
-def annotation_complaint(entry: Any, images: Mapping[int, Entry], categories: Mapping[int, Entry]) -> str | None:
+def annotation_reason(entry: Any, images: Mapping[int, Entry], categories: Mapping[int, Entry]) -> str | None:
     """What is wrong with an annotation of one of these images and categories, or None."""
-    why = _complaint_about_keys(entry, _ANNOTATION_KEYS)
+    why = _reason_about_keys(entry, _ANNOTATION_KEYS)
     if why is not None:
         return why
     image_id, category_id = entry["image_id"], entry["category_id"]
@@ -76,7 +76,7 @@ def annotation_complaint(entry: Any, images: Mapping[int, Entry], categories: Ma
     if not _is_finite([area]) or area < 0:
         return f"area must be a finite number of at least 0, got {_quoted(area)}"
     height, width = images[image_id]["height"], images[image_id]["width"]
-    return _box_complaint(entry["bbox"], height, width) or _segmentation_complaint(entry["segmentation"], height, width)
+    return _box_reason(entry["bbox"], height, width) or _segmentation_reason(entry["segmentation"], height, width)
 
 
 def decode(segmentation: Any, height: int, width: int) -> npt.NDArray[np.uint8]:
@@ -104,7 +104,7 @@ def _encoded(segmentation: Any, height: int, width: int) -> Any:
     return segmentation
 
 
-def _complaint_about_keys(entry: Any, keys: tuple[str, ...]) -> str | None:
+def _reason_about_keys(entry: Any, keys: tuple[str, ...]) -> str | None:
     if not isinstance(entry, dict):
         return f"it must be an object with {', '.join(keys)}, got {_quoted(entry)}"
     for key in keys:
@@ -115,7 +115,7 @@ def _complaint_about_keys(entry: Any, keys: tuple[str, ...]) -> str | None:
     return None
 
 
-def _box_complaint(box: Any, height: int, width: int) -> str | None:
+def _box_reason(box: Any, height: int, width: int) -> str | None:
     if not isinstance(box, list) or len(box) != 4 or not _is_finite(box) or box[2] <= 0 or box[3] <= 0:
         return f"bbox must be 4 finite numbers with a width and a height above 0, got {_quoted(box)}"
     left, top, box_width, box_height = box
@@ -124,9 +124,9 @@ def _box_complaint(box: Any, height: int, width: int) -> str | None:
     return None
 
 
-def _segmentation_complaint(segmentation: Any, height: int, width: int) -> str | None:
+def _segmentation_reason(segmentation: Any, height: int, width: int) -> str | None:
     if isinstance(segmentation, list):
-        return _polygons_complaint(segmentation, height, width)
+        return _polygons_reason(segmentation, height, width)
     if not isinstance(segmentation, dict) or "size" not in segmentation or "counts" not in segmentation:
         return f"segmentation must be polygons, or size and counts of run lengths, got {_quoted(segmentation)}"
     size = segmentation["size"]
@@ -146,7 +146,7 @@ def _segmentation_complaint(segmentation: Any, height: int, width: int) -> str |
     return None
 
 
-def _polygons_complaint(polygons: list[Any], height: int, width: int) -> str | None:
+def _polygons_reason(polygons: list[Any], height: int, width: int) -> str | None:
     """Looks at the bounds of polygons alone: to draw those of COCO would take minutes."""
     if not polygons:
         return "segmentation must be at least one polygon, got none"

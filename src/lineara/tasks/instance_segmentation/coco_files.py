@@ -24,9 +24,9 @@ from typing import Any
 
 from lineara.tasks.instance_segmentation.coco_entries import (
     Entry,
-    annotation_complaint,
-    category_complaint,
-    image_complaint,
+    annotation_reason,
+    category_reason,
+    image_reason,
     mask_area,
     normalized,
     without_stray_parts,
@@ -64,26 +64,26 @@ def read_annotations(
     with without_garbage_collection():
         content = _read(path)
         broken = BrokenItems(are_counted=True)
-        categories = _checked(path, "category", content["categories"], category_complaint)
+        categories = _checked(path, "category", content["categories"], category_reason)
         if not categories:
             raise ValueError(
                 f"{path} must list at least one category, got none; add those of its objects, or name another file"
             )
         uses = Counter(_id(entry) for entry in content["images"])
 
-        def complaint_of_image(entry: Any) -> str | None:
+        def reason_of_image(entry: Any) -> str | None:
             if _id(entry) is not None and uses[_id(entry)] > 1:
                 return "its id must be its own, got one that another image has"
-            return image_complaint(entry)
+            return image_reason(entry)
 
-        images = _checked(path, "image", content["images"], complaint_of_image, broken if skip_broken else None)
+        images = _checked(path, "image", content["images"], reason_of_image, broken if skip_broken else None)
         if image_folder is not None:
             images = _present(path, images, Path(image_folder), broken if skip_broken else None)
         # Their image is reported; each of them need not be.
         left_out = {_id(entry) for entry in content["images"]} - images.keys() - {None} if skip_broken else set()
 
-        def complaint(entry: Any) -> str | None:
-            return annotation_complaint(entry, images, categories)
+        def reason(entry: Any) -> str | None:
+            return annotation_reason(entry, images, categories)
 
         whole = list(map(without_stray_parts, content["annotations"] or ()))
         stray = sum(entry is not before for entry, before in zip(whole, content["annotations"] or ()))
@@ -98,7 +98,7 @@ def read_annotations(
             for entry in whole
             if _id(entry, "image_id") not in left_out and not _is_published_fault(path, entry, broken)
         ]
-        annotations = _checked(path, "annotation", given, complaint, broken if skip_broken else None)
+        annotations = _checked(path, "annotation", given, reason, broken if skip_broken else None)
         for annotation in annotations.values():
             _complete(annotation, images)
     broken.tell_of_the_rest(path)
@@ -173,13 +173,13 @@ def _checked(
     path: Path,
     kind: str,
     entries: list[Any],
-    complaint: Callable[[Any], str | None],
+    reason: Callable[[Any], str | None],
     broken: BrokenItems | None = None,
 ) -> dict[int, Entry]:
     """The good entries by their ids; a broken one is refused unless it can be told to `broken`."""
     good = dict[int, Entry]()
     for position, entry in enumerate(entries):
-        why = complaint(entry)
+        why = reason(entry)
         if why is None and kind == "category" and entry["id"] in good:
             why = "its id must be its own, got one that an earlier category has"
         if why is None:  # annotations are known by their place: tools that join files leave their ids as they were

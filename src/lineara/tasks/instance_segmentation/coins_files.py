@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lineara.runs.files import alone_in, write_text, written_whole
+from lineara.runs.files import atomic_write, preparation_lock, write_text
 from lineara.tasks.image_files import read_pixels
 from lineara.tasks.instance_segmentation.coco_entries import encode
 from lineara.tasks.instance_segmentation.coco_files import read_annotations
@@ -52,7 +52,7 @@ def prepare_coins(folder: Path | str) -> None:
     if _is_current(folder):
         return
     _check_ours(folder)
-    with alone_in(folder):
+    with preparation_lock(folder):
         if not _is_current(folder, warn=True):  # another process may have written it meanwhile
             _write(folder)
 
@@ -99,7 +99,7 @@ def _write(folder: Path) -> None:
         strip = photograph[first:end]
         parts = [mask[first:end] for mask in masks if mask[first:end].any()]
         name = f"{split}.png"
-        with written_whole(folder / "images" / name) as temporary:
+        with atomic_write(folder / "images" / name) as temporary:
             Image.fromarray(strip).save(temporary, format="png")
         image = {"id": 1, "file_name": name, "height": strip.shape[0], "width": strip.shape[1]}
         content = {

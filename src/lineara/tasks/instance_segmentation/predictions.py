@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lineara.runs.files import write_text, written_whole
+from lineara.runs.files import atomic_write, write_text
 from lineara.tasks.instance_segmentation.coco_entries import mask_area
 from lineara.tasks.instance_segmentation.metrics import Evaluation, as_results
 from lineara.viz import detections
@@ -130,7 +130,7 @@ class PredictionFolder:
         figure = detections(
             image, kept["boxes"], kept["labels"], kept["scores"], kept["masks"], names=self.categories, title=""
         )
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary)
         return path
 
@@ -152,7 +152,7 @@ class PredictionFolder:
 
 
 def _write_json(path: Path, content: object) -> None:
-    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(content, file)
 
 

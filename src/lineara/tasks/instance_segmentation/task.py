@@ -133,7 +133,7 @@ class InstanceSegmentation(ShardedTask):
         return loss
 
     def names_in(self, batch: _Batch) -> list[str]:
-        """What a complaint about a batch calls its images."""
+        """What a reason about a batch calls its images."""
         return [f"image {target['image_id']}" for target in batch["targets"]]
 
     def check_length(self, total_steps: int) -> None:

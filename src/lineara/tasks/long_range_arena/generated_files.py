@@ -144,7 +144,7 @@ def _explaining(path: Path) -> Generator[None]:
         yield
     except OSError as error:
         raise type(error)(
-            f"{path} must be readable and writable, got {error.strerror or error}; make room and give access "
+            f"{path} must be readable and writable, got {error.strerror or error}; free some space and give access "
             "there or choose another data root"
         ) from error
 

@@ -119,7 +119,7 @@ def _processes(num_workers: int) -> Generator[ProcessPoolExecutor]:
     except BrokenProcessPool as error:
         raise RuntimeError(
             "every process must live until the drawings are done, got one that ended; call this below "
-            "`if __name__ == '__main__':` if in a script, make room in memory, or set num_workers to 1"
+            "`if __name__ == '__main__':` if in a script, free some space in memory, or set num_workers to 1"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -123,11 +123,11 @@ class Board:
         self.drawing = drawing
         length, margin = drawing.paddle_len, drawing.margin
         self.reach = length + math.ceil(drawing.thickness) + margin
-        self.room = max(2 * length + 3 * margin, self.reach, math.ceil(drawing.marker_radius) + 1)
-        self.width = SIZE + 2 * self.room
+        self.border_width = max(2 * length + 3 * margin, self.reach, math.ceil(drawing.marker_radius) + 1)
+        self.width = SIZE + 2 * self.border_width
         self.middle = self.reach * (self.width + 1)
         inside = np.zeros((self.width, self.width), bool)
-        border = self.room + drawing.padding
+        border = self.border_width + drawing.padding
         inside[border:-border, border:-border] = True
         self.edge = self._bits(~inside)
         disc = disc_of(margin, 1)
@@ -141,11 +141,11 @@ class Board:
         ] + [self._paddle(angle, angle + math.pi, length + 2 * margin, circle) for angle in ends]
 
     def pixel(self, y: int, x: int) -> int:
-        return (y + self.room) * self.width + x + self.room
+        return (y + self.border_width) * self.width + x + self.border_width
 
     def coordinates(self, pixel: int) -> tuple[int, int]:
         y, x = divmod(pixel, self.width)
-        return y - self.room, x - self.room
+        return y - self.border_width, x - self.border_width
 
     def taken_at(self, pixel: int, kind: int) -> tuple[int, int]:
         paddle, shift = self.paddles[kind], pixel - self.middle

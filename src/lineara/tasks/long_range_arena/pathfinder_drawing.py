@@ -168,12 +168,12 @@ def _render(layout: Layout, drawing: PathfinderDrawing) -> _Bytes:
         (layout.distractors, drawing.distractor_contrast),
     ):
         for y, x, kind in (paddle for contour in contours for paddle in contour):
-            _lighten(canvas, y + board.room, x + board.room, contrast * board.paddles[kind].stamp)
+            _lighten(canvas, y + board.border_width, x + board.border_width, contrast * board.paddles[kind].stamp)
     large = disc_of(drawing.marker_radius, drawing.antialias)
     disc = reduced(large, len(large) // drawing.antialias)
     for y, x in layout.markers:
-        _lighten(canvas, y + board.room, x + board.room, disc)
-    image = canvas[board.room : -board.room, board.room : -board.room]
+        _lighten(canvas, y + board.border_width, x + board.border_width, disc)
+    image = canvas[board.border_width : -board.border_width, board.border_width : -board.border_width]
     return np.rint(image * (255 / image.max())).astype(np.uint8)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lineara.runs.files import alone_in, write_text, written_whole
+from lineara.runs.files import atomic_write, preparation_lock, write_text
 from lineara.tasks.stereo_depth.frames import Frame, read_float_truth, read_views
 from lineara.tasks.stereo_depth.pfm import write_pfm
 
@@ -49,7 +49,7 @@ def prepare_motorcycle(folder: Path | str) -> None:
     if _is_current(folder):
         return
     _check_ours(folder)
-    with alone_in(folder):
+    with preparation_lock(folder):
         if not _is_current(folder, warn=True):  # another process may have written it meanwhile
             _write(folder)
 
@@ -89,7 +89,7 @@ def _write(folder: Path) -> None:
                 leftover.unlink()
     *views, disparity = data.stereo_motorcycle()
     for name, view in zip(_IMAGES, views):
-        with written_whole(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             Image.fromarray(view).save(temporary, format="png")
     write_pfm(folder / _TRUTH, disparity.astype(np.float32))
     write_text(folder / _CALIBRATION, _CALIBRATION_TEXT)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lineara.runs.files import written_whole
+from lineara.runs.files import atomic_write
 
 # More than any header takes.
 _HEADER_BYTES = 256
@@ -73,7 +73,7 @@ def write_pfm(path: Path | str, values: npt.NDArray[Any]) -> None:
         raise ValueError(f"values must be (height, width) or (height, width, 3) and not empty, got {values.shape}")
     form = "Pf" if values.ndim == 2 else "PF"
     header = f"{form}\n{values.shape[1]} {values.shape[0]}\n-1.0\n"
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(header.encode())
         file.write(np.ascontiguousarray(values[::-1], dtype="<f4").data)
 

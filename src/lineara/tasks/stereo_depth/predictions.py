@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lineara.runs.files import save_figure, written_whole
+from lineara.runs.files import atomic_write, save_figure
 from lineara.tasks.stereo_depth.calibration import Calibration, depth, points
 from lineara.tasks.stereo_depth.pfm import write_pfm
 from lineara.viz import disparity_picture
@@ -94,7 +94,7 @@ def _write_16_bits(path: Path, numbers: Tensor) -> None:
     """A grey image of whole numbers of 16 bits; 0 for what is not finite or does not fit."""
     fits = numbers.isfinite() & (numbers > 0) & (numbers < 65535.5)
     pixels = torch.where(fits, numbers, 0.0).round().numpy().astype(np.uint16)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
 
 
@@ -109,5 +109,5 @@ def _write_points(path: Path, where: Tensor, colours: Tensor | None) -> None:
     print("ply\nformat binary_little_endian 1.0", f"element vertex {len(rows)}", sep="\n", file=header)
     print(*(f"property float {axis}" for axis in "xyz"), sep="\n", file=header)
     print(*(f"property uchar {colour}" for colour in ("red", "green", "blue")), "end_header", sep="\n", file=header)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(header.getvalue().encode("ascii") + rows.tobytes())

@@ -139,7 +139,7 @@ class StereoDepth(ShardedTask):
         return loss
 
     def names_in(self, batch: dict[str, Any]) -> list[str]:
-        """What a complaint about a batch calls its pairs."""
+        """What a reason about a batch calls its pairs."""
         return batch["name"]
 
     def configure_optimizers(self) -> Any:
