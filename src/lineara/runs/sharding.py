@@ -1,9 +1,9 @@
 """Weights sharded over the processes of a run: each holds its part, and gathers a block's when the block is run.
 
 Every task is a `ShardedTask`, so this is the one place that knows how a network is sharded. The mesh has two
-dimensions, named as Lightning names them: "data_parallel", over which batches are shared, and "tensor_parallel", whose processes
-are given the same batch, and may share its positions. Weights are sharded over both, and gradients are the mean over
-both, so that they are those of one process: each of the second dimension has the loss of the whole batch.
+dimensions, named as Lightning names them: "data_parallel", over which batches are shared, and "tensor_parallel", whose
+processes are given the same batch, and may share its positions. Weights are sharded over both, and gradients are the
+mean over both, so that they are those of one process: each of the second dimension has the loss of the whole batch.
 """
 
 import warnings

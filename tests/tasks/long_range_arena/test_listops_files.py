@@ -267,7 +267,7 @@ def test_a_read_only_root_is_refused_before_the_work(folder_and_lock, monkeypatc
     folder, lock = folder_and_lock
     lock()
     monkeypatch.setattr(listops_files, "generate", fail)
-    with pytest.raises(PermissionError, match=rf"{folder}/listops/.* must be .*, got Permission denied; make"):
+    with pytest.raises(PermissionError, match=rf"{folder}/listops/.* must be .*, got Permission denied; free"):
         prepare_listops(folder, **SETTINGS)
 
 
