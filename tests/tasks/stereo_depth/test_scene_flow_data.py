@@ -117,6 +117,19 @@ def test_webp_and_the_final_pass(tmp_path, make):
         data(root).frames("test")
 
 
+def test_folders_of_webp_have_names_of_their_own(copied):
+    for name in ("FlyingThings3D", "Monkaa"):
+        (copied / name / "frames_cleanpass").rename(copied / name / "frames_cleanpass_webp")
+    assert names(copied, "train") == TRAIN + MONKAA + DRIVING
+    assert names(copied, "test") == TEST
+
+
+def test_the_subset_of_another_layout_is_named(copied):
+    (copied / "FlyingThings3D").rename(copied / "FlyingThings3D_subset")
+    with pytest.raises(FileNotFoundError, match=r"got .*FlyingThings3D_subset, which has another layout"):
+        names(copied, "test")
+
+
 def test_other_files_are_left_alone(copied):
     folder = copied / "FlyingThings3D" / "frames_cleanpass" / "TEST/A/0000/left"
     (folder / "._0006.png").write_bytes(b"of another system")
@@ -213,11 +226,14 @@ def test_a_summary_counts_the_frames(shared):
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"sets": ["Monkaa"]}, "sets must be FlyingThings3D and any of Monkaa, Driving, got Monkaa"),
-        ({"sets": []}, "sets must be FlyingThings3D and any of Monkaa, Driving, got none"),
+        (
+            {"sets": ["Monkaa"]},
+            "sets must be FlyingThings3D, whose TEST is tested on, and any of Monkaa, Driving, got Monkaa",
+        ),
+        ({"sets": []}, "sets must be FlyingThings3D, whose TEST is tested on, and any of Monkaa, Driving, got none"),
         (
             {"sets": ["FlyingThings3D", "Sintel"]},
-            "sets must be FlyingThings3D and any of .*, got FlyingThings3D, Sintel",
+            "sets must be FlyingThings3D, whose TEST is tested on, and any of .*, got FlyingThings3D, Sintel",
         ),
         ({"image_pass": "albedo"}, "image_pass must be clean or final, got albedo"),
         ({"val_part": "A"}, "val_part must be TEST or TRAIN, got A"),

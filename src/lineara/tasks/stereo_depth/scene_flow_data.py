@@ -22,7 +22,7 @@ class SceneFlowData(StereoData):
 
         <data_root>/
           FlyingThings3D/
-            frames_cleanpass/TRAIN/A/0000/left/0006.png, ...    and right/; png or webp; or frames_finalpass/
+            frames_cleanpass/TRAIN/A/0000/left/0006.png, ...    and right/; or frames_finalpass/, frames_cleanpass_webp/
             frames_cleanpass/TEST/...
             disparity/TRAIN/A/0000/left/0006.pfm, ...           and right/, which `swap_views` needs
           Monkaa/
@@ -126,7 +126,15 @@ class SceneFlowData(StereoData):
     def _list(self, name: str, part: str = "") -> list[FrameFiles]:
         """The frames of one of the three sets; names begin with it."""
         root = Path(self.data_root) / name
-        images, truths = (root / folder / part for folder in (_PASSES[self.image_pass], "disparity"))
+        passes = (_PASSES[self.image_pass], f"{_PASSES[self.image_pass]}_webp")
+        frames = next((root / folder for folder in passes if (root / folder).is_dir()), root / passes[0])
+        images, truths = frames / part, root / "disparity" / part
+        subset = Path(self.data_root) / f"{_FLYING_THINGS}_subset"
+        if name == _FLYING_THINGS and not root.is_dir() and subset.is_dir():
+            raise FileNotFoundError(
+                f"{root} must be the whole set with frames_cleanpass and disparity, got {subset}, which has another "
+                "layout and negative disparities; link its files in this layout and set --data.left_sign negative"
+            )
         for folder, title in ((images, "frames"), (truths, "disparities")):
             if not folder.is_dir():
                 raise FileNotFoundError(
@@ -182,7 +190,8 @@ def _check_names(sets: Sequence[str], image_pass: str, val_part: str, left_sign:
     unknown = [name for name in sets if name not in _SETS]
     if unknown or _FLYING_THINGS not in sets:
         raise ValueError(
-            f"sets must be {_FLYING_THINGS} and any of {', '.join(_SETS[1:])}, got {', '.join(sets) or 'none'}"
+            f"sets must be {_FLYING_THINGS}, whose TEST is tested on, and any of {', '.join(_SETS[1:])}, got "
+            f"{', '.join(sets) or 'none'}"
         )
     for name, value, known in (
         ("image_pass", image_pass, tuple(_PASSES)),
