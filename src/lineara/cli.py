@@ -60,6 +60,7 @@ _EXAMPLES = """\
 examples:
   lineara data listops                                    generate Long Range Arena's ListOps
   lineara fit --config recipes/long_range_arena/listops_efficient.yaml     train
+  lineara recipe detection --images photos --annotations result.json > my.yaml     a recipe for images of your own
   lineara fit --config recipes/long_range_arena/listops_efficient.yaml --ckpt_path last     go on after an interruption
   lineara test --config recipes/long_range_arena/listops_efficient.yaml    test the best checkpoint
   lineara compare listops_softmax listops_efficient --seeds 0 1 2     train, test and tabulate both
@@ -124,6 +125,7 @@ def _parser() -> ArgumentParser:
             "compare", help="train and test several recipes that differ in the network", allow_abbrev=False
         )
     )
+    _add_recipe(commands.add_parser("recipe", help="write a recipe for images of your own", allow_abbrev=False))
     _add_data(commands.add_parser("data", help="generate or check a data set"))
     _add_draw(commands.add_parser("draw", help="draw learning curves, attention maps, routing, costs or images"))
     commands.add_parser("bench", help="measure time and memory of attention")
@@ -137,6 +139,13 @@ def _add_compare(parser: ArgumentParser) -> None:
     parser.add_argument("--max_steps", type=int, help="short for --override trainer.max_steps=N")
     parser.add_argument("--override", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of all")
     parser.set_defaults(run=_compare)
+
+
+def _add_recipe(parser: ArgumentParser) -> None:
+    parser.add_argument("kind", choices=("detection", "classification"), help="what is to be learnt")
+    parser.add_argument("--images", type=Path, required=True, help="folder of images, or of a folder per class")
+    parser.add_argument("--annotations", type=Path, help="a COCO export, for detection")
+    parser.set_defaults(run=_recipe)
 
 
 def _add_data(parser: ArgumentParser) -> None:
@@ -213,6 +222,12 @@ def _compare(options: Namespace) -> None:
     failed = [f"{row.recipe}, seed {seed}: {why}" for row in rows for seed, why in row.failures.items()]
     if failed:
         raise ValueError(f"no run may fail, got {len(failed)} that did ({failed[0]}); mend it and call again")
+
+
+def _recipe(options: Namespace) -> None:
+    from lineara.tasks.own_recipes import recipe_for
+
+    print(recipe_for(options.kind, options.images, options.annotations), end="")
 
 
 def _leave_out_advice() -> None:

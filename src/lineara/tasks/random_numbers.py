@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -15,3 +16,10 @@ def random_numbers_from(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(before)
+
+
+def held_out(number: int, share: float, *, train: bool) -> list[int]:
+    """Which of so many items train, or validate: at least one of each, always the same ones, in order."""
+    order = np.random.default_rng(0).permutation(number)
+    cut = min(max(1, round(share * number)), number - 1)
+    return sorted((order[cut:] if train else order[:cut]).tolist())

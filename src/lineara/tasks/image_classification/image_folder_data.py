@@ -9,6 +9,7 @@ from torchvision.transforms import v2
 
 from lineara.tasks.image_classification.data import ImageClassificationData
 from lineara.tasks.image_files import is_image, read_image
+from lineara.tasks.random_numbers import held_out
 
 # Of ImageNet's colours in 0..1; networks that torchvision publishes expect them whatever they are trained on.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -29,6 +30,8 @@ class ImageFolderData(ImageClassificationData):
     Args:
         data_root: folder of the set.
         train_folder, val_folder: of the splits, in it.
+        val_share: where it is above 0, this share of the training images validates in place of val_folder, always the
+            same ones, and none of them is trained on.
         test_folder: of the test split; None takes the validation split, as ImageNet's results are reported on it.
         predict_folder: folder of images to predict.
         image_size: height and width of what the network is given, in pixels.
@@ -69,6 +72,7 @@ class ImageFolderData(ImageClassificationData):
         shuffle_seed: int = 0,
         batch_size: int = 256,
         num_workers: int = 4,
+        val_share: float = 0.0,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -84,6 +88,10 @@ class ImageFolderData(ImageClassificationData):
         if not 0 <= horizontal_flip <= 1:
             raise ValueError(f"horizontal_flip must be a share from 0 to 1, got {horizontal_flip}")
         self.data_root = data_root
+        if not 0 <= val_share < 1:
+            raise ValueError(f"val_share must be from 0 to below 1, got {val_share}")
+        self.val_share = val_share
+        val_folder = train_folder if val_share else val_folder
         self.folders = {"train": train_folder, "val": val_folder, "test": test_folder or val_folder}
         self._classes: list[str] = []
         self._read_first = Path()
@@ -113,8 +121,13 @@ class ImageFolderData(ImageClassificationData):
                 f"{folder} must be the {split} split, got no such folder; {_LAYOUT}; set --data.data_root"
             )
         images = _ClassFolders(folder, loader=read_image, allow_empty=True, is_valid_file=is_image)
+        if self.val_share and self.folders[split] == self.folders["train"]:
+            chosen = held_out(len(images), self.val_share, train=split == "train")
+            images.samples = images.imgs = [images.samples[i] for i in chosen]
+            images.targets = [label for _, label in images.samples]
         filled = set(images.targets)
-        if empty := [name for name, label in images.class_to_idx.items() if label not in filled]:
+        empty = [name for name, label in images.class_to_idx.items() if label not in filled]
+        if empty and not (self.val_share and split != "train"):  # few images may leave a class without validation
             raise ValueError(
                 f"{folder / empty[0]} must hold at least one image, got none ({len(empty)} such classes); fill or "
                 "remove it"

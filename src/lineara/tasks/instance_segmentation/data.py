@@ -27,6 +27,7 @@ from lineara.tasks.instance_segmentation.batches import AspectRatioBatches, Imag
 from lineara.tasks.instance_segmentation.coco_entries import Entry
 from lineara.tasks.instance_segmentation.coco_files import read_annotations
 from lineara.tasks.instance_segmentation.image_sets import AnnotatedImages, FolderImages, Transform
+from lineara.tasks.random_numbers import held_out
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
@@ -45,6 +46,8 @@ class CocoData(LightningDataModule):
         data_root: folder of the set.
         train_images, val_images: folders of images, within data_root.
         train_annotations, val_annotations: annotation files, within data_root.
+        val_share: where it is above 0, this share of the training images validates in place of those of
+            val_annotations, always the same ones, and none of them is trained on.
         test_images, test_annotations: the same for testing; None takes those of validation, since COCO keeps the
             annotations of its test images to itself.
         predict_folder: folder of images to predict on: all its jpg, jpeg, png, bmp, webp, tif and tiff files.
@@ -92,6 +95,7 @@ class CocoData(LightningDataModule):
         apply_exif: bool = True,
         train_on_crowds: bool = False,
         shuffle_seed: int = 0,
+        val_share: float = 0.0,
     ) -> None:
         super().__init__()
         _check_numbers(num_classes, batch_size, num_workers, horizontal_flip)
@@ -110,6 +114,11 @@ class CocoData(LightningDataModule):
         self.apply_exif = apply_exif
         self.train_on_crowds = train_on_crowds
         self.shuffle_seed = shuffle_seed
+        if not 0 <= val_share < 1:
+            raise ValueError(f"val_share must be from 0 to below 1, got {val_share}")
+        self.val_share = val_share
+        if val_share:
+            val_images, val_annotations = train_images, train_annotations
         self._places = {
             "train": (train_images, train_annotations),
             "val": (val_images, val_annotations),
@@ -260,6 +269,11 @@ class CocoData(LightningDataModule):
                     f"and {split}_annotations"
                 )
         content = read_annotations(file, image_folder=folder, skip_broken=self.skip_broken)
+        if self.val_share and content["annotations"] is not None and self._places[split] == self._places["train"]:
+            chosen = held_out(len(content["images"]), self.val_share, train=split == "train")
+            content["images"] = [content["images"][i] for i in chosen]
+            ids = {image["id"] for image in content["images"]}
+            content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
         content["labels"] = self._labels(file, content)
         if content["annotations"] is None and split != "test":
             raise ValueError(
