@@ -76,7 +76,7 @@ def needs_gradients_alone(tensors: Sequence[Tensor]) -> bool:
 
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # pyright: ignore - private
+_HAS_BFLOAT16: bool = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 def _has_tangent(tensor: Tensor) -> bool:
