@@ -12,8 +12,11 @@ from torch.autograd import forward_ad
 
 def is_exporting() -> bool:
     """Whether a graph of standard operators is being recorded, to run without this library."""
-    # (torch.compiler.is_exporting, which reads the same flag, is always true in what torch 2.11 compiles.)
-    return torch.compiler._is_exporting_flag or torch._C._is_tracing()  # pyright: ignore - private
+    # (torch.compiler.is_exporting, which reads the same flag, is always true in what torch 2.11 compiles, and
+    # torch.jit.is_tracing takes longer than its question.)
+    if torch.compiler._is_exporting_flag:  # pyright: ignore - private
+        return True
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()  # pyright: ignore - private
 
 
 def is_traced() -> bool:
