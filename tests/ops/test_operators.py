@@ -141,6 +141,8 @@ def test_a_compiled_graph_holds_the_operators_whatever_the_length():
     assert seen == ["lineara.summarize.default", "lineara.attend.default"]
 
 
+# What torch 2.11 calls of its own when inductor is first used.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_a_gate_of_any_layout_compiles_with_its_gradient():
     query, key, value = tensors(keys=11)
     gate = torch.rand(3, 2, 7, dtype=torch.float64).transpose(0, 1).requires_grad_()
